@@ -53,7 +53,8 @@ class Env:
         raise NotImplementedError
 
     def describe(self):
-        """True, plain sentences about the current state (a list); no advice. Corpus of the base LM only."""
+        """True, plain facts about the current state, no advice: `(beginning, rest)` pairs of sentences, such as
+        `("The taxi is at row ", "2 column 3.")`. The base LM is trained on them, and examined: can it finish the rest?"""
         return []
 
 
@@ -211,16 +212,18 @@ class DangerousTaxi(Env):
         places = {"destination": LANDMARKS[destination]}
         if passenger != ON_BOARD:
             places["passenger"] = LANDMARKS[passenger]
-        facts = [f"The taxi is at row {row} column {col}.",
-                 "The passenger is on board." if passenger == ON_BOARD else "The passenger is waiting."]
+        facts = [("The taxi is at row ", f"{row} column {col}."), ("The passenger is ", "on board." if passenger == ON_BOARD else "waiting.")]
         for name, (r, c) in places.items():
-            facts += [f"The {name} is at row {r} column {c}.", f"The {name} is {taxi_offset(row, col, r, c)}."]
-        blocked = [self.actions[a][5:] for a in MOVES if taxi_move(row, col, a) == (row, col)]
-        facts.append(f"Blocked: {', '.join(blocked) or 'nothing'}.")
+            facts += [(f"The {name} is at row ", f"{r} column {c}."), (f"From the taxi to the {name}: ", f"{taxi_offset(row, col, r, c)}.")]
         for a in MOVES:
             r, c = taxi_move(row, col, a)
-            facts.append(f"To {self.actions[a]} " + ("is blocked." if (r, c) == (row, col) else f"leads to row {r} column {c}."))
-        return facts
+            facts.append((f"To {self.actions[a]} ", "is blocked." if (r, c) == (row, col) else f"leads to row {r} column {c}."))
+        return [*facts, ("Blocked: ", f"{', '.join(self.blocked()) or 'nothing'}.")]
+
+    def blocked(self):
+        """The directions in which a wall or the border is in the way, such as `["east"]`."""
+        row, col, *_ = taxi_decode(self.taxi_state)
+        return [self.actions[a].split()[1] for a in MOVES if taxi_move(row, col, a) == (row, col)]
 
 
 def taxi_offset(row, col, to_row, to_col):

@@ -1,0 +1,169 @@
+"""Evaluation: success rates with intervals on a fixed panel, baselines, tables, curves (paper, section 5).
+
+One panel a split, the same for everything that is compared: every task of the split, played `--repeats` times when
+actions are sampled (temperature 1), once when they are greedy. Success is the environment's own verdict. Intervals are
+95% Wilson; sampled repeats of one start are not quite independent, so theirs are a little too narrow.
+
+    python eval.py --env taxi              # a table of all runs found
+    python eval.py --run runs/taxi-rl-s0 --show 2
+    python eval.py --plot curves.png       # success over episodes of all RL runs (needs matplotlib)
+    python eval.py --reproduce             # run the experiments of the README's table, then print it
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import envs
+from envs import UserError
+from reflect_rl import (add_common_options, env_factory, find_adapters, load_players, newest_run, parse_args, play, read_config, short_name,
+                        show_step, write_atomically)
+
+
+def wilson(successes, n, z=1.96):
+    """95% Wilson score interval of a success rate, `(low, high)`."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
+
+
+def summary(episodes):
+    """Figures of a list of episodes; `failed` is the share that the environment ended badly (taxi: by danger)."""
+    n, successes = len(episodes), sum(episode.success for episode in episodes)
+    ends = [episode.steps[-1] for episode in episodes]
+    return {"episodes": n, "success": successes / n, "interval": wilson(successes, n),
+            "return": sum(episode.total for episode in episodes) / n,
+            "length": sum(len(episode.steps) for episode in episodes) / n,
+            "failed": sum(end.terminated and not end.success for end in ends) / n}
+
+
+def random_actor(states, actions, envs):
+    """An actor (see `reflect_rl.play`) that takes every valid action equally often."""
+    return [None] * len(states), [[-math.log(len(a))] * len(a) for a in actions]
+
+
+def expert_actor(states, actions, envs):
+    """An actor that takes the environment's expert action."""
+    choices = [env.expert_action() for env in envs]
+    return [None] * len(states), [[0.0 if i == c else -math.inf for i in range(len(a))] for a, c in zip(actions, choices, strict=True)]
+
+
+def evaluate(actor, make_env, split="test", repeats=3, greedy=False, seed=1000, limit=None):
+    """Play the panel of a split; the episodes. `limit` takes the first tasks only (for a quick look while training)."""
+    tasks = make_env().tasks(split)[:limit]
+    if not tasks:
+        raise UserError(f"the {split} split has no tasks")
+    return play(actor, make_env, tasks * (1 if greedy else repeats), seed=seed, greedy=greedy)
+
+
+def row(name, actor, make_env, args):
+    """A line of the table: sampled and greedy figures of one actor."""
+    sampled = summary(evaluate(actor, make_env, args.split, args.repeats))
+    greedy = summary(evaluate(actor, make_env, args.split, greedy=True)) if actor is not random_actor else None
+    return {"name": name, "split": args.split, "sampled": sampled, "greedy": greedy}
+
+
+def print_table(rows):
+    width = max(len(r["name"]) for r in rows)
+    print(f"\n{rows[0]['split']} split; success in %, [95% Wilson interval]; n episodes; failed = ended badly by the environment")
+    print(f"{'':{width}}  {'sampled':>7} {'interval':>14} {'n':>5}  {'return':>6} {'length':>6} {'failed':>6}  {'greedy':>7} {'interval':>14} {'n':>5}")
+    for r in rows:
+        cells = []
+        for figures in (r["sampled"], r["greedy"]):
+            if figures:
+                low, high = figures["interval"]
+                cells.append(f"{figures['success']:7.1%} {f'[{low:.1%}, {high:.1%}]':>14} {figures['episodes']:5}")
+        s = r["sampled"]
+        print(f"{r['name']:{width}}  {cells[0]}  {s['return']:6.2f} {s['length']:6.1f} {s['failed']:6.1%}  {''.join(cells[1:])}")
+
+
+def run_rows(run, args):
+    """The lines of one run; figures of a finished RL run are kept in `result.json`, for they cannot change."""
+    config, kind = read_config(run), "rl" if "updates" in read_config(run) else "sft"
+    names = {"rl": [(run.name, find_adapters)],
+             "sft": [(f"{run.name} without reflection", plain_adapters), (f"{run.name} with reflection", find_adapters)]}[kind]
+    rows = []
+    for name, find in names:
+        try:
+            adapters = find(run)
+        except UserError:
+            continue
+        args.base = config["base"]
+        rows.append(row(name, load_players(args, adapters), env_factory(args), args))
+    return rows
+
+
+def plain_adapters(run):
+    """The policy of an SFT run that was trained without reflections."""
+    if not (Path(run) / "plain" / "adapter_config.json").is_file():
+        raise UserError(f"{run} has no stage plain")
+    return {"policy": Path(run) / "plain"}
+
+
+def plot(args):
+    """Success of all RL runs over training episodes, one line a run, to the file `args.plot`."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install matplotlib") from None
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for log in sorted(Path(args.runs).glob(f"{short_name(args.env)}-rl*/log.jsonl")):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        points = [(line["episodes"], line["valid_success"]) for line in lines if "valid_success" in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=log.parent.name)
+    axes.set(xlabel="training episodes", ylabel="success on the validation starts (sampled)", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(args.plot, dpi=130, bbox_inches="tight")
+    print(f"wrote {args.plot}")
+
+
+def add_panel_options(group):
+    group.add_argument("--split", default="test", help="split of the panel (default: test)")
+    group.add_argument("--repeats", type=int, default=3, help="sampled episodes per start (default: 3)")
+
+
+def reproduce(args):
+    """Run the commands behind the README's table, one after the other; runs that exist are kept."""
+    for flags in ([], ["--no-reflection"], ["--no-negatives"], ["--no-curriculum"]):
+        for seed in ("0", "1", "2"):
+            command = [sys.executable, str(Path(__file__).parent / "rl.py"), "--env", args.env, "--runs", args.runs, "--seed", seed, "--resume", *flags]
+            print("$", " ".join(command[1:]), flush=True)
+            subprocess.run(command, check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Success rates, tables, curves.", allow_abbrev=False)
+    add_common_options(parser)
+    group = parser.add_argument_group("evaluation")
+    add_panel_options(group)
+    group.add_argument("--run", help="evaluate this run only (default: all of the environment)")
+    group.add_argument("--show", type=int, default=0, metavar="N", help="print the first N sampled episodes of --run")
+    group.add_argument("--plot", metavar="FILE", help="draw the learning curves instead")
+    group.add_argument("--reproduce", action="store_true", help="first run seeds 0, 1, 2 and all ablations, as the README does")
+    args = parse_args(parser)
+    if args.plot:
+        return plot(args)
+    if args.reproduce:
+        reproduce(args)
+    if args.show:
+        players = load_players(args, find_adapters(args.run or newest_run(args)))
+        for episode in evaluate(players, env_factory(args), args.split, repeats=1, limit=args.show):
+            print("\n".join(show_step(step) for step in episode.steps))
+    rows = [] if args.run else [row("random", random_actor, env_factory(args), args), row("expert", expert_actor, env_factory(args), args)]
+    runs = [Path(args.run)] if args.run else sorted(path.parent for path in Path(args.runs).glob(f"{short_name(args.env)}-*/config.json"))
+    for run in runs:
+        rows += run_rows(run, args)
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    envs.run_main(main)

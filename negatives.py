@@ -1,0 +1,239 @@
+"""Teacher data: optimal and perturbed trajectories, and the reflections on them (paper, section 4.2).
+
+A teacher that only ever saw good play cannot teach repair. So some trajectories are perturbed: at a random step the
+agent takes a useless but not fatal action, and goes on from the worse state. The reflector learns to notice the
+mistake, the policy to correct it: the label is always the EXPERT's action, never the perturbed one.
+
+Deviation: the paper's teacher is GPT-4; ours are rules, one function an environment, so that the data is free,
+reproducible and right. An environment of your own brings its teacher as a method `reflection(mistake)`.
+
+    python negatives.py --env taxi         # write a data set and show it
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import envs
+from envs import UserError
+from reflect_rl import ACTION_HEADER, add_common_options, env_factory, parse_args, policy_prompt, reflector_prompt, short_name, write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One step of teacher data, a line of the JSONL file. `action` indexes the expert's choice in `actions`."""
+
+    trajectory: int  # number of the trajectory in its data set
+    negative: bool  # whether that trajectory is perturbed
+    mistake: bool  # whether the action that led to this state was the perturbation
+    state: str
+    reflection: str
+    actions: list
+    action: int
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Teachers
+
+
+def reflect_on_taxi(env, mistake):
+    """Where things are, what is in the way, what the last action spoiled, the next sub-goal; not the move itself."""
+    row, col, passenger, _ = envs.taxi_decode(env.taxi_state)
+    aboard = passenger == envs.ON_BOARD
+    name, (to_row, to_col) = "destination" if aboard else "passenger", env.target()
+    return ((f"To {env.last} was a mistake. " if mistake else "")
+            + f"The taxi is at row {row} column {col}. Blocked: {', '.join(env.blocked()) or 'nothing'}. "
+            + f"Passenger {'on board' if aboard else 'waiting'}. "
+            + f"Next goal: the {name} at row {to_row} column {to_col}, {envs.taxi_offset(row, col, to_row, to_col)}.")
+
+
+TEACHERS = {envs.DangerousTaxi: reflect_on_taxi}
+
+
+def teacher_of(env):
+    """The teacher of an environment: `teacher(env, mistake) -> reflection` on its current state."""
+    for cls, teacher in TEACHERS.items():
+        if isinstance(env, cls):
+            return teacher
+    if hasattr(env, "reflection"):
+        return lambda env, mistake: env.reflection(mistake)
+    raise UserError(f"{type(env).__name__} has no teacher: give it a method reflection(mistake), or use --no-reflection")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Trajectories
+
+
+def replay(env, options, actions, seed):
+    """Reset and repeat `actions`: environments are deterministic given their seed, so this is how to look ahead."""
+    state, info = env.reset(seed=seed, options=options)
+    terminated = truncated = False
+    for action in actions:
+        state, _, terminated, truncated, info = env.step(action)
+    return state, info, terminated or truncated
+
+
+def expert_steps(env, over):
+    """Steps that the expert still needs from here, None if it does not get there; leaves the environment at its end."""
+    steps, success = 0, False
+    while not over:
+        _, _, terminated, truncated, info = env.step(env.expert_action())
+        steps, success, over = steps + 1, info["success"], terminated or truncated
+    return steps if success else None
+
+
+def perturbation(env, options, history, seed, rng):
+    """A useless action that does not end the episode and leaves the expert no nearer to its goal; None if there is none."""
+    _, info, _ = replay(env, options, history, seed)
+    here, candidates = expert_steps(env, False), list(range(len(info["actions"])))
+    rng.shuffle(candidates)
+    for action in candidates:
+        _, _, over = replay(env, options, [*history, action], seed)
+        left = None if over else expert_steps(env, over)
+        if left is not None and left >= here:
+            return action
+    return None
+
+
+def trajectory(env, options, number, negative, seed):
+    """One expert trajectory as `Record`s; a negative one has a perturbation at a random step."""
+    rng, teacher = random.Random(seed), teacher_of(env)
+    history, records, mistake = [], [], False
+    state, info = env.reset(seed=seed, options=options)
+    when = rng.randrange(expert_steps(env, False)) if negative else -1
+    while True:
+        state, info, over = replay(env, options, history, seed)
+        if over:
+            return records
+        action = env.expert_action()
+        records.append(Record(number, negative, mistake, state, teacher(env, mistake), list(info["actions"]), action))
+        detour = perturbation(env, options, history, seed, rng) if len(history) == when else None
+        mistake = detour is not None
+        history.append(detour if mistake else action)
+
+
+def make_records(make_env, trajectories, negatives, seed, split="train"):
+    """`trajectories` expert trajectories on random tasks of a split, a share `negatives` of them perturbed."""
+    env, rng, records = make_env(), random.Random(seed), []
+    tasks = env.tasks(split)
+    count = round(trajectories * negatives)
+    for number in range(trajectories):
+        options = {"task": rng.choice(tasks)}
+        records += trajectory(env, options, number, number < count, rng.getrandbits(32))
+    return records
+
+
+def write_records(records, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
+
+
+def read_records(path):
+    """The records of a JSONL file; a malformed line is named by its number."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the data set {path}: {error}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = Record(**json.loads(line))
+            record.actions[record.action]
+        except (ValueError, TypeError, IndexError) as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        records.append(record)
+    if not records:
+        raise UserError(f"the data set {path} is empty")
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------------
+# SFT examples and the base LM's corpus: (prompt, completion) texts
+
+
+def sft_examples(records, form, labels):
+    """Records as `(prompt, completion)` for `reflect`, `policy` (with reflection) or `plain` (without)."""
+    if form == "reflect":
+        return [(reflector_prompt(record.state), record.reflection) for record in records]
+    return [(policy_prompt(record.state, record.reflection if form == "policy" else None, record.actions, labels),
+             labels[record.action]) for record in records]
+
+
+def random_walk(env, rng, length):
+    """Random play of at most `length` steps that does not end: `(state, info)`; the environment stays there."""
+    options = {"task": rng.choice(env.tasks("train"))}
+    if getattr(env, "modes", None):
+        options["mode"] = rng.choice(env.modes)
+    seed, history = rng.getrandbits(32), []
+    state, info, _ = replay(env, options, history, seed)
+    for _ in range(length):
+        action = rng.randrange(len(info["actions"]))
+        state, _, terminated, truncated, info = env.step(action)
+        if not (terminated or truncated):
+            history.append(action)
+        else:
+            state, info, _ = replay(env, options, history, seed)
+    return state, info
+
+
+FACTS_HEADER = "# Facts:\n"
+
+
+def corpus_document(make_env, rng, labels):
+    """One document for the base LM: a state met in RANDOM play, plain facts about it, a random action, what it led to.
+
+    No expert action and no reflection, so that what SFT and RL add is theirs. Facts and menu are shuffled: a label
+    means its line and nothing else.
+    """
+    env = make_env()
+    state, info = random_walk(env, rng, rng.randrange(20))
+    facts = env.describe()
+    sentences = " ".join(beginning + rest for beginning, rest in rng.sample(facts, len(facts)))
+    menu = rng.sample(range(len(info["actions"])), len(info["actions"]))
+    pick = rng.randrange(len(menu))
+    prompt = policy_prompt(f"{state}\n{FACTS_HEADER}{sentences}", None, [info["actions"][i] for i in menu], labels)
+    after, *_ = env.step(menu[pick])
+    return f"{prompt}{labels[pick]}\n{after.splitlines()[-1]}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def add_data_options(parser):
+    group = parser.add_argument_group("teacher data")
+    group.add_argument("--trajectories", type=int, default=100, help="teacher trajectories (default: 100)")
+    group.add_argument("--negatives", type=float, default=0.5, help="share of them that is perturbed (default: 0.5)")
+    group.add_argument("--no-negatives", dest="negatives", action="store_const", const=0.0, help="ablation: no perturbed trajectories")
+    return group
+
+
+def check_data_options(args):
+    if args.trajectories < 1:
+        raise UserError(f"--trajectories must be at least 1, not {args.trajectories}")
+    if not 0 <= args.negatives <= 1:
+        raise UserError(f"--negatives is a share from 0 to 1, not {args.negatives}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a teacher data set and show it.", allow_abbrev=False)
+    add_common_options(parser)
+    add_data_options(parser)
+    parser.add_argument("--split", default="train", help="split of the tasks (default: train)")
+    parser.add_argument("--out", help="JSONL file to write (default: RUNS/ENV-data.jsonl)")
+    args = parse_args(parser)
+    check_data_options(args)
+    records = make_records(env_factory(args), args.trajectories, args.negatives, args.seed, args.split)
+    out = args.out or f"{args.runs}/{short_name(args.env)}-data.jsonl"
+    write_records(records, out)
+    shown = next((r.trajectory for r in records if r.mistake), 0)
+    for record in (r for r in records if r.trajectory == shown):
+        print(f"{record.state}\n# Analyze:\n{record.reflection}\n{ACTION_HEADER}{record.actions[record.action]}\n")
+    negatives = len({r.trajectory for r in records if r.negative})
+    print(f"{out}: {len(records)} steps of {args.trajectories} trajectories, {args.trajectories - negatives} positive and {negatives} negative; "
+          f"{sum(r.mistake for r in records)} steps follow a mistake")
+
+
+if __name__ == "__main__":
+    envs.run_main(main)
