@@ -582,7 +582,7 @@ def write_atomically(path, text):
 
 
 def save_checkpoint(run, step, write, keep=2):
-    """`run/step-NNNNNN` filled by `write(folder)`, then renamed in; a kill at any moment leaves the older ones whole."""
+    """`run/step-NNNNNN` filled by `write(folder)`, then renamed in; a kill leaves the older ones whole."""
     final, temporary = Path(run) / f"step-{step:06d}", Path(run) / f".step-{step:06d}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -641,7 +641,7 @@ def open_run(run, config, resume=False):
 
 @contextlib.contextmanager
 def lock_run(run):
-    """Hold a run: a second process that wants to write it gets an error. The lock goes with the process, however it ends."""
+    """Hold a run: a second process that wants it gets an error. The lock goes with its process, however that ends."""
     import fcntl
 
     Path(run).mkdir(parents=True, exist_ok=True)

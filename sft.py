@@ -114,7 +114,7 @@ def fit(model, parameters, batch_at, schedule, run, write, bf16=False, resume_fr
     """Minimise `completion_loss` for `schedule.steps` updates; the mean of the last 20 losses.
 
     `batch_at(step)` gives the token-id pairs of an update as a function of the step alone, so a resumed run sees what
-    the uninterrupted one saw. `write(folder)` saves the trained weights into a checkpoint, `report()` the held-out figures.
+    the uninterrupted one saw. `write(folder)` puts trained weights into a checkpoint, `report()` gives held-out figures.
     """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=0.01, betas=(0.9, 0.99))
@@ -311,7 +311,7 @@ def sft_run(args, stages):
         for split, path in paths.items()
     }
     print(
-        f"{folder}: {len(data['train'])} teacher steps of {args.trajectories} trajectories, a share {args.negatives:g} perturbed"
+        f"{folder}: {len(data['train'])} teacher steps, {args.trajectories} trajectories, {args.negatives:.0%} perturbed"
     )
     for stage in stages:
         train_stage(stage, args, folder / stage, data["train"], data["valid"])
@@ -349,8 +349,8 @@ def base_corpus(names, seed, numbers):
     """The documents of a corpus with these numbers, the environments in turn; a function of its arguments alone."""
     return [
         negatives.corpus_document(
-            lambda: envs.make(names[i % len(names)]), random.Random(f"{seed}/{i}"), string.ascii_letters
-        )  # noqa: B023
+            functools.partial(envs.make, names[i % len(names)]), random.Random(f"{seed}/{i}"), string.ascii_letters
+        )
         for i in numbers
     ]
 
@@ -449,7 +449,8 @@ def train_base(args):
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(
-        f"{out}: {model.num_parameters():,} parameters, {schedule.steps * schedule.batch:,} documents, held-out loss {report()['valid_loss']:.4f}"
+        f"{out}: {model.num_parameters():,} parameters, {schedule.steps * schedule.batch:,} documents, "
+        f"held-out loss {report()['valid_loss']:.4f}"
     )
     for name in names:
         for beginning, share in reading_accuracy(model, tokenizer, name).items():
