@@ -114,7 +114,7 @@ def fit(model, parameters, batch_at, schedule, run, write, bf16=False, resume_fr
     """Minimise `completion_loss` for `schedule.steps` updates; the mean of the last 20 losses.
 
     `batch_at(step)` gives the token-id pairs of an update as a function of the step alone, so a resumed run sees what
-    the uninterrupted one saw. `write(folder)` puts trained weights into a checkpoint, `report()` gives held-out figures.
+    the uninterrupted one saw. `write(folder)` puts the weights into a checkpoint, `report()` held-out figures.
     """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=0.01, betas=(0.9, 0.99))
@@ -311,7 +311,7 @@ def sft_run(args, stages):
         for split, path in paths.items()
     }
     print(
-        f"{folder}: {len(data['train'])} teacher steps, {args.trajectories} trajectories, {args.negatives:.0%} perturbed"
+        f"{folder}: {len(data['train'])} steps of {args.trajectories} trajectories, {args.negatives:.0%} perturbed"
     )
     for stage in stages:
         train_stage(stage, args, folder / stage, data["train"], data["valid"])
