@@ -214,7 +214,7 @@ class DangerousTaxi(Env):
             places["passenger"] = LANDMARKS[passenger]
         facts = [
             ("The taxi is at row", f" {row} column {col}."),
-            ("The passenger is", " on board." if passenger == ON_BOARD else " waiting."),
+            ("The passenger is now", " on board." if passenger == ON_BOARD else " waiting."),
         ]
         for name, (r, c) in places.items():
             facts += [

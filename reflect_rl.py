@@ -50,6 +50,7 @@ NANO = Path(__file__).parent / "models" / "nano"
 
 
 ACTION_HEADER = "# Action:\n"
+LABELS = string.ascii_uppercase + string.ascii_lowercase + string.digits  # the labels to try first
 
 
 def reflector_prompt(state):
@@ -79,7 +80,7 @@ def action_labels(tokenizer, prompt=ACTION_HEADER):
         {token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha()}, key=lambda t: (len(t), t)
     )
     before, labels, ids = encode(tokenizer, prompt), [], []
-    for label in [*string.ascii_uppercase, *string.ascii_lowercase, *string.digits, *vocabulary]:
+    for label in [*LABELS, *vocabulary]:
         after = encode(tokenizer, prompt + label)
         if len(after) == len(before) + 1 and after[:-1] == before and after[-1] not in (*ids, tokenizer.unk_token_id):
             labels.append(label)

@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import math
 import random
-import string
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ import envs
 import negatives
 from envs import UserError
 from reflect_rl import (
+    LABELS,
     Players,
     action_labels,
     adapter_parameters,
@@ -349,7 +349,7 @@ def base_corpus(names, seed, numbers):
     """The documents of a corpus with these numbers, the environments in turn; a function of its arguments alone."""
     return [
         negatives.corpus_document(
-            functools.partial(envs.make, names[i % len(names)]), random.Random(f"{seed}/{i}"), string.ascii_letters
+            functools.partial(envs.make, names[i % len(names)]), random.Random(f"{seed}/{i}"), LABELS
         )
         for i in numbers
     ]
@@ -358,7 +358,7 @@ def base_corpus(names, seed, numbers):
 def copying_exercise(rng, vocabulary):
     """Random tokens, then the same again. It teaches to copy, and gives every token of the vocabulary an embedding of
     its own: those that play never shows would else collapse into one, and a frozen base could not tell them apart."""
-    return 2 * [rng.randrange(vocabulary) for _ in range(rng.randrange(8, 64))]
+    return 2 * [rng.randrange(vocabulary) for _ in range(rng.randrange(4, 24))]
 
 
 @torch.no_grad()
@@ -424,7 +424,7 @@ def train_base(args):
 
     def pairs(seed, numbers):  # (first token, the rest): every token but the first is predicted
         rows = tokenizer(base_corpus(names, seed, numbers))["input_ids"]
-        rows += [copying_exercise(random.Random(f"{seed}/copy/{i}"), len(tokenizer)) for i in numbers if i % 16 == 0]
+        rows += [copying_exercise(random.Random(f"{seed}/copy/{i}"), len(tokenizer)) for i in numbers if i % 4 == 0]
         return [(ids[:1], [*ids[1:], tokenizer.eos_token_id]) for ids in rows]
 
     def report():
@@ -495,7 +495,7 @@ def main():
     group.add_argument("--vocabulary", type=int, default=768, help="most tokens (default: 768)")
     group.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 32 (default: 128)")
     group.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
-    group.add_argument("--base-steps", type=int, default=1200, help="updates (default: 1200)")
+    group.add_argument("--base-steps", type=int, default=900, help="updates (default: 900)")
     group.add_argument("--base-batch", type=int, default=32, help="documents an update (default: 32)")
     group.add_argument("--base-lr", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
     args = parse_args(parser)
