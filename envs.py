@@ -17,8 +17,14 @@ paper does not give its map text; ours is Taxi-v3's own with five letters laid o
 
 import argparse
 import collections
+import functools
 import importlib
+import itertools
+import json
+import os
+import pathlib
 import random
+import re
 import sys
 
 
@@ -245,9 +251,602 @@ def taxi_distances(target, _cache={}):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# AutoExplore: trees. A tree is nested dicts, name -> dict (a directory) or str (the text of a file).
+
+DATA = pathlib.Path(__file__).resolve().parent / "data"
+HEAD_BYTES = 16 * 1024  # of a file, what is read
+MAX_DEPTH, MAX_FILES = 40, 100_000
+NOTES = ("[empty file]", "[binary file]", "[unreadable file]")  # what `cat` shows where there is no text
+CUT = "[cut]"
+
+
+@functools.lru_cache(maxsize=64)
+def read_tree(root):
+    """A directory of the disk as a tree, read once per process; nothing is ever written and no link followed.
+
+    Hidden entries, `__pycache__`, symbolic links and special files (pipes, devices) are left out.
+    """
+    if not os.path.isdir(root):
+        raise UserError(f"{str(root)!r} is not a directory")
+    return read_directory(root, MAX_DEPTH, itertools.count(1))
+
+
+def read_directory(path, depth, counter):
+    try:
+        with os.scandir(path) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+    except OSError:  # unreadable: an empty directory
+        return {}
+    tree = {}
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__pycache__":
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            tree[entry.name] = read_directory(entry.path, depth - 1, counter) if depth else {}
+        elif entry.is_file(follow_symlinks=False):
+            tree[entry.name] = read_head(entry.path)
+            if next(counter) > MAX_FILES:
+                raise UserError(f"more than {MAX_FILES} files: choose a smaller directory ({path!r})")
+    return tree
+
+
+def read_head(path):
+    """The first `HEAD_BYTES` of a file as text; a note of `NOTES` where there is none to show."""
+    # O_NOFOLLOW and O_NONBLOCK: the entry may have become a link or a pipe since it was listed.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(path, flags), "rb") as file:
+            head = file.read(HEAD_BYTES + 1)
+    except OSError:
+        return "[unreadable file]"
+    if b"\0" in head:
+        return "[binary file]"
+    text = head[:HEAD_BYTES].decode("utf-8-sig", errors="replace")
+    lines = ["".join(c if c.isprintable() else " " for c in line).rstrip() for line in text.splitlines()]
+    text = "\n".join(line for line in lines if line)
+    return (text + "\n" + CUT if len(head) > HEAD_BYTES else text) or "[empty file]"
+
+
+def tree_of(root):
+    """The tree that a task's `root` names: `generated:SEED`, an absolute path, or a name under data/repos."""
+    if root.startswith("generated:") and root[10:].isdecimal():
+        return generate_tree(int(root[10:]))
+    if os.path.isabs(root):
+        return read_tree(root)
+    if root in (".", "..") or "/" in root or "\\" in root or not (DATA / "repos" / root).is_dir():
+        raise UserError(f"no repository {root!r}: give a name under data/repos, generated:SEED or an absolute path")
+    return read_tree(str(DATA / "repos" / root))
+
+
+def files_of(tree, path=()):
+    """Every file of a tree: `(path as a tuple of names, text)`, sorted."""
+    for name in sorted(tree):
+        if isinstance(tree[name], dict):
+            yield from files_of(tree[name], path + (name,))
+        else:
+            yield path + (name,), tree[name]
+
+
+def show_name(name):
+    """A name as the agent sees it, one line and unmistakable: odd ones are quoted, with escapes.
+
+    `\\xNN` is a byte that is not UTF-8, `\\u` a character that does not print.
+    """
+    if name.isprintable() and not set(name) & set(" \"'\\") and not name.startswith("-"):
+        return name
+    special = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
+
+    def escape(c):
+        if "\udc80" <= c <= "\udcff":  # how Python decodes such a byte in a file name
+            return f"\\x{ord(c) - 0xdc00:02x}"
+        return special.get(c) or (c if c.isprintable() else f"\\u{ord(c):06x}")
+
+    return '"' + "".join(map(escape, name)) + '"'
+
+
+def count_tokens(text):
+    """About what a small byte-level tokenizer makes of a text: every digit, mark and new line counts."""
+    return len(re.findall(r"[A-Za-z]{1,8}|\n|[^A-Za-z\s]", text))
+
+
+def cut_text(text, max_lines=8, max_tokens=60, count=count_tokens):
+    """The beginning of a text, with a mark when something is left out; the mark is not part of the budget."""
+    kept = "\n".join(text.split("\n", max_lines)[:max_lines])
+    low, high = 0, min(len(kept), 16 * max_tokens)  # a token has hardly ever more characters
+    if high < len(kept) or count(kept) > max_tokens:
+        while low < high:  # the longest prefix within the budget, by bisection
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if count(kept[:middle]) <= max_tokens else (low, middle - 1)
+        kept = kept[:low]
+    return kept if len(kept) == len(text) else kept.rstrip() + "\n" + CUT
+
+
+# AutoExplore: words, questions and tasks. Here and not in negatives.py, since the task set is part of the
+# environment: `--repos DIR` has to work wherever an environment is made.
+
+STOP = frozenset(re.findall(r"\w+", """
+    a about all also among an and any are as at be been before but by can code defines described do does each every
+    explains file for from gives had has have how if in into is it its just kept may more most must never no not of
+    off on one only or other our out over per read say says set sets settings should so some than that the their
+    them then there these they this those through to too two under up use used uses was were what when where which
+    while who will with without you your table"""))
+
+
+def words_of(text):
+    """The words of a text that carry meaning, lower case and in order; `snake_case` and `camelCase` are split."""
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
+    return [word for word in re.findall(r"[^\W\d_]{3,}", text.lower()) if word not in STOP]
+
+
+@functools.lru_cache(maxsize=100_000)
+def stem(word):
+    """What words of one family share: roast of `roasts`, `roasted`, `roaster`, `roasting`."""
+    word = re.sub(r"(?<=...)(ings?|ers?|ies|y|ed|es|s|e)$", "", word)
+    return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word  # shipp(ing) is ship
+
+
+def stems_of(text):
+    return {stem(word) for word in set(words_of(text))}
+
+
+def facts_of(name, text):
+    """What a question can be asked about: `(noun, verb, phrase)`, from the part of a file that `cat` shows."""
+    suffix = name.rpartition(".")[2].lower()
+    if text.startswith(NOTES):
+        return []
+    if suffix in ("csv", "tsv"):
+        return table_facts(text, "," if suffix == "csv" else "\t")
+    if suffix in ("json", "yaml", "yml", "toml", "ini", "cfg"):
+        return key_facts(text)
+    if suffix in ("py", "js", "ts", "sh", "c", "h", "cpp", "go", "rs", "java", "rb", "sql", "pyi"):
+        return code_facts(text)
+    return prose_facts(text)
+
+
+def sentences(text):
+    """Short sentences, without the final mark and with a small first letter."""
+    found = [part.strip(" \"'*#/-") for part in re.split(r"(?<=[.!?:])\s", text)]
+    return [part[0].lower() + part[1:].rstrip(".!?:\"'* ") for part in found if part and part[0].isalpha()]
+
+
+def prose_facts(text):
+    facts = []
+    for line in text.split("\n"):
+        if line.startswith("#"):
+            facts += [("file", "explains", phrase) for phrase in sentences(line.lstrip("# "))]
+        elif line != CUT:
+            facts += [("file", "says:", phrase) for phrase in sentences(line)]
+    return facts
+
+
+def code_facts(text):
+    facts = []
+    for line in text.split("\n"):
+        comment = re.match(r"\s*(?:#+|//+|--|/?\*+|[rR]?\"\"\"|''')\s*(\w.*)", line)
+        if comment:
+            facts += [("code", "says:", phrase) for phrase in sentences(comment[1].split('"""')[0])]
+        definition = re.match(r"\s*(?:async |export |public |static )*(?:def|class|function|func?|fn)\s+(\w+)", line)
+        if definition:
+            facts.append(("code", "defines", " ".join(words_of(definition[1]))))
+    return facts
+
+
+def table_facts(text, comma):
+    rows = [[cell.strip() for cell in line.split(comma)] for line in text.split("\n") if line != CUT]
+    columns = [" ".join(words_of(cell)) for cell in rows[0]]
+    phrases = [" and ".join(pair) for pair in itertools.combinations(filter(None, columns[1:]), 2)]
+    for row in rows[1:]:
+        phrases += [f"{column} of {row[0]}" for column in columns[1:] if column and words_of(row[0])]
+    return [("table", "gives the", phrase) for phrase in phrases]
+
+
+def key_facts(text):
+    facts, parents = [], {}
+    for line in text.split("\n"):
+        entry = re.match(r"(\s*)[-\[]?\s*\"?([A-Za-z_][\w .-]*?)\"?\s*(?:[:=]\s*(.*)|\]$)", line)
+        if line.lstrip().startswith("#"):
+            facts += [("settings file", "says:", phrase) for phrase in sentences(line.strip("# "))]
+        elif entry:
+            indent, key = len(entry[1]), " ".join(words_of(entry[2]))
+            outer = " ".join(parents[i] for i in sorted(parents) if i < indent)
+            parents = {i: name for i, name in parents.items() if i < indent} | {indent: key}
+            value = " ".join(re.findall(r"[^\W\d_]+", entry[3] or ""))
+            phrase = f"{key} of {outer}" if outer else f"{key} to {value}" if value else key
+            facts.append(("settings file", "sets the", phrase))
+    return facts
+
+
+def question_of(fact, path, hint):
+    """A question for a fact of the file at `path`; the words of the directories in `hint` tell where to look."""
+    noun, verb, phrase = fact
+    about = " and ".join(dict.fromkeys(word for name in hint for word in words_of(name)))
+    return f"Which {noun} {'about ' + about + ' ' if about else ''}{verb} {phrase}?"
+
+
+def quotes_name(question, name):
+    """Whether a question gives away a file's name: the name, or the words of its stem in a row."""
+    spoken = " ".join(re.findall(r"[^\W\d_]+", question.lower()))
+    words = " ".join(re.findall(r"[^\W\d_]+", name.rpartition(".")[0].lower() or name.lower()))
+    return name.lower() in question.lower() or bool(words) and f" {words} " in f" {spoken} "
+
+
+def tasks_of_tree(tree, root, rng, per_file=2, most=400, hint=0.8):
+    """Reverse question generation: tasks whose questions one file of the tree answers, at most `per_file` each.
+
+    A question is refused when another file has all its words, or when it quotes the file's name. A directory on the
+    way whose name the question does not touch is mentioned in it with probability `hint`.
+    """
+    holders = collections.defaultdict(set)  # stem -> the files that have it
+    for path, text in files_of(tree):
+        for word in stems_of(text):
+            holders[word].add(path)
+    tasks = []
+    for path, text in files_of(tree):
+        facts = dict.fromkeys(facts_of(path[-1], cut_text(text)))  # without repetitions, in order
+        facts = [fact for fact in facts if good_fact(fact[2], path, holders)]
+        rng.shuffle(facts)
+        for fact in facts[:per_file]:
+            missing = [name for name in path[:-1] if not stems_of(name) & stems_of(fact[2]) and rng.random() < hint]
+            question = question_of(fact, path, missing)
+            if not quotes_name(question, path[-1]) and len(optimal_path(tree, path)) <= 10:
+                tasks.append({"question": question, "targets": ["/".join(path)], "root": root, "depth": len(path) - 1,
+                              "path": optimal_path(tree, path)})
+    return tasks if len(tasks) <= most else rng.sample(tasks, most)
+
+
+def good_fact(phrase, path, holders):
+    """Two to seven words of meaning, not too long, and all of them in this file alone."""
+    stems = stems_of(phrase)
+    if not 2 <= len(stems) <= 7 or len(phrase) > 90 or "|" in phrase or CUT in phrase:
+        return False
+    return set.intersection(*(holders[word] for word in stems)) == {path}
+
+
+def optimal_path(tree, path):
+    """The action texts of a shortest way to a file, at the default page size: down, read, identify."""
+    moves = []
+    for i, name in enumerate(path):
+        page = next(p for p, names in enumerate(pages_of(tree, path[:i], frozenset())) if name in names)
+        moves += ["more"] * page + [f"{'cd' if i < len(path) - 1 else 'cat'} {show_name(name)}"]
+    return moves + [f"id {show_name(path[-1])}"]
+
+
+def pages_of(tree, cwd, hidden, max_actions=26):
+    """The names of a directory, directories first, in pages that leave room for `cd ..` and `more` in the menu."""
+    for name in cwd:
+        tree = tree[name]
+    pages, room = [[]], max_actions - 2
+    for name in sorted(tree, key=lambda name: (not isinstance(tree[name], dict), name)):
+        if cwd + (name,) not in hidden:
+            cost = 1 if isinstance(tree[name], dict) else 2  # `cd`; `cat` and `id`
+            if cost > room:
+                pages.append([])
+                room = max_actions - 2
+            pages[-1].append(name)
+            room -= cost
+    return pages
+
+
+def write_tasks(path, tasks):
+    """Tasks as JSON lines (ASCII, so that file names of any bytes survive)."""
+    with open(path, "w", encoding="ascii") as file:
+        file.writelines(json.dumps(task) + "\n" for task in tasks)
+
+
+def read_tasks(path):
+    """Tasks from JSON lines; a bad line is named by its number."""
+    tasks = []
+    try:
+        lines = open(path, encoding="utf-8").read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read tasks from {str(path)!r}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                tasks.append(checked_task(json.loads(line)))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    return tasks
+
+
+def checked_task(task):
+    """The task itself, when it has what an episode needs."""
+    if not isinstance(task, dict):
+        raise UserError(f"a task of AutoExplore is a dict, not {task!r}")
+    for key, kind in (("question", str), ("targets", list), ("root", str)):
+        if not isinstance(task.get(key), kind) or not task[key]:
+            raise UserError(f"a task of AutoExplore needs a non-empty {kind.__name__} {key!r}: {task!r}")
+    for target in task["targets"]:
+        node = tree_of(task["root"])
+        for name in str(target).split("/"):
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, str):
+            raise UserError(f"target {target!r} is not a file of {task['root']!r}")
+    return task
+
+
+def split_of_seed(seed):
+    """Generated repositories are split 7:2:1 by seed; each split has themes of its own."""
+    return "train" if seed % 10 < 7 else "valid" if seed % 10 < 9 else "test"
+
+
+def split_repositories(roots):
+    """`{split: roots}`, 7:2:1, by a fixed shuffle; few repositories leave `valid`, then `test` empty."""
+    roots = sorted(roots)
+    random.Random(0).shuffle(roots)
+    tests, valids = (len(roots) + 8) // 10 or int(len(roots) > 1), len(roots) // 5
+    return {"test": roots[:tests], "valid": roots[tests:tests + valids], "train": roots[tests + valids:]}
+
+
+@functools.lru_cache(maxsize=8)
+def explore_tasks(repos, generated, per_file):
+    """`{split: tasks}`; the questions of train repositories are split again into `train`, `valid_seen`, `test_seen`."""
+    splits = split_repositories(repositories(repos))
+    for seed in range(0 if repos else generated):
+        splits[split_of_seed(seed)].append(f"generated:{seed}")
+    tasks = {"train": [], "valid_seen": [], "test_seen": [], "valid": [], "test": []}
+    for split, roots in splits.items():
+        for root in roots:
+            rng = random.Random(os.path.basename(root))
+            found = tasks_of_tree(tree_of(root), root, rng, per_file)
+            if split != "train":
+                tasks[split] += found
+                continue
+            rng.shuffle(found)
+            first, second = len(found) * 7 // 10, len(found) * 9 // 10
+            tasks["train"] += found[:first]
+            tasks["valid_seen"] += found[first:second]
+            tasks["test_seen"] += found[second:]
+    if not tasks["train"]:
+        raise UserError(f"no question could be made from the files of {repos!r}: too few text files")
+    for split in ("valid", "test"):  # too few repositories to keep one apart: unseen questions must do
+        tasks[split] = tasks[split] or tasks[split + "_seen"]
+    return tasks
+
+
+def repositories(repos):
+    """Roots: those of data/repos, or `repos` itself when it holds files, else its subdirectories."""
+    if repos is None:
+        return sorted(path.name for path in (DATA / "repos").iterdir() if path.is_dir())
+    repos = os.path.abspath(repos)
+    tree = read_tree(repos)
+    inside = [name for name in tree if isinstance(tree[name], dict) and any(files_of(tree[name]))]
+    if not inside or len(inside) < len(tree):
+        return [repos]
+    return [os.path.join(repos, name) for name in inside]
+
+
+# AutoExplore: generated repositories.
+
+
+@functools.lru_cache(maxsize=1)
+def vocabulary():
+    return json.loads((DATA / "themes.json").read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=1024)
+def generate_tree(seed):
+    """A made-up repository: departments, in them areas with files, and files of their own; the same for one seed.
+
+    Themes (departments and the things they deal with) come from the split of the seed; aspects (`price`, `owner`)
+    are everybody's, so that files of different departments have words in common.
+    """
+    rng = random.Random(f"tree {seed}")
+    words = vocabulary()
+    themes = words["themes"][split_of_seed(seed)]
+    departments = {}
+    for theme in rng.sample(sorted(themes), 2):
+        for department in rng.sample(sorted(themes[theme]), rng.choice((1, 2, 2))):
+            departments[department] = themes[theme][department]
+    tree = {"README.md": generated_readme(departments)}
+    for department, things in departments.items():
+        things = rng.sample(things, len(things))
+        tree[department] = generated_files(rng, words, department, things[0], rng.choice((2, 3)))
+        for thing in things[1:rng.choice((2, 3, 4))]:
+            tree[department][thing] = generated_files(rng, words, department, thing, rng.choice((2, 3, 4)))
+            if rng.random() < 0.3:
+                place = rng.choice(words["places"])
+                tree[department][thing][place] = generated_files(rng, words, department, thing, 2, place)
+    return tree | generated_files(rng, words, "company", rng.choice(words["company"]), 2)
+
+
+def generated_readme(departments):
+    lines = [f"{name}: {' and '.join(things[:3])}" for name, things in departments.items()]
+    return "\n".join(["# " + " and ".join(departments), *lines])
+
+
+def generated_files(rng, words, department, thing, count, place=None):
+    """Files about one thing, each on an aspect of its own; half of them have a name that tells something."""
+    files = {}
+    for aspect in rng.sample(sorted(words["aspects"]), count):
+        kind = rng.choice(sorted(words["kinds"]))
+        related = rng.sample(words["aspects"][aspect], 2)
+        slots = {"department": department, "thing": thing, "aspect": aspect, "other": related[0],
+                 "number": rng.randint(2, 90), "place": place or rng.choice(words["places"])}
+        slots |= {slot: rng.choice(words[slot + "s"]) for slot in ("person", "verb", "adjective")}
+        name = rng.choice((related[1], rng.choice(words["names"])))
+        files[f"{name}.{kind}"] = "\n".join(rng.choice(words["kinds"][kind])).format(**slots)
+    return files
+
+
+class AutoExplore(Env):
+    """Find the file of a directory tree that answers a question (paper, section 5.1).
+
+    A task is a dict: `question`, `targets` (paths with `/`), `root` (see `tree_of`), and for the curriculum and the
+    reader `depth` (0: a file of the root directory) and `path` (optimal action texts). Identifying a file ends the
+    episode: right +1, wrong -0.5; every step costs 0.02. Deviation: the paper's agent sees the history of its commands;
+    ours sees what it has seen of the directory it is in, so that equal situations are equal texts.
+
+    `repos`: a directory of yours instead of data/repos; `questions`: a JSONL file of tasks instead of generated ones.
+    Reset options: `task`, `shuffle` (the menu in random order), `leave_out` (probability that a file that is not a
+    target is hidden).
+    """
+
+    horizon = 15
+
+    def __init__(self, repos=None, questions=None, horizon=15, count_tokens=count_tokens, result_tokens=60,
+                 result_lines=8, max_actions=26, generated=100, per_file=2, shuffle=False, leave_out=0.0):
+        if max_actions < 4:
+            raise UserError(f"AutoExplore needs room for at least 4 actions in the menu, not {max_actions}")
+        self.repos, self.questions, self.horizon = repos, questions, horizon
+        self.cut = functools.partial(cut_text, max_lines=result_lines, max_tokens=result_tokens, count=count_tokens)
+        self.max_actions, self.generated, self.per_file = max_actions, generated, per_file
+        self.defaults = {"shuffle": shuffle, "leave_out": leave_out}
+        self.rng = random.Random()
+        self.done = True
+
+    def tasks(self, split):
+        """`train`, `valid`, `test` (unseen repositories); `*_seen`: new questions on those of train."""
+        names = ("train", "valid", "test", "valid_seen", "test_seen")
+        if split not in names:
+            raise UserError(f"unknown split {split!r}: one of {', '.join(names)}")
+        if not self.questions:
+            return list(explore_tasks(self.repos, self.generated, self.per_file)[split])
+        tasks = read_tasks(self.questions)
+        random.Random(0).shuffle(tasks)
+        first, second = len(tasks) * 7 // 10, len(tasks) * 9 // 10
+        parts = {"train": tasks[:first], "valid": tasks[first:second], "test": tasks[second:]}
+        return parts[split.removesuffix("_seen")]
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.rng = random.Random(seed)
+        options = self.defaults | (options or {})
+        self.task = checked_task(task_of(self, options))
+        self.question, self.tree = self.task["question"], tree_of(self.task["root"])
+        self.targets = {tuple(target.split("/")) for target in self.task["targets"]}
+        self.shuffle = options["shuffle"]
+        self.hidden = frozenset(path for path, _ in files_of(self.tree) if path not in self.targets
+                                and self.rng.random() < options["leave_out"]) if options["leave_out"] else frozenset()
+        self.seen = set()  # paths of the files read and the directories entered
+        self.steps, self.done, self.success, self.last, self.result = 0, False, False, ("start", ""), ""
+        self.enter(())
+        return self.render(), self.info()
+
+    def enter(self, cwd):
+        self.cwd, self.page = cwd, 0
+        self.pages = pages_of(self.tree, cwd, self.hidden, self.max_actions)
+        self.list_moves()
+
+    def node(self, name):
+        """What a name of the working directory stands for: a dict or a text."""
+        node = self.tree
+        for part in (*self.cwd, name):
+            node = node[part]
+        return node
+
+    def list_moves(self):
+        """The valid moves as `(verb, name)`: those of this page, `cd ..` below the root, `more` if there are pages."""
+        self.moves = [("cd", "..")] if self.cwd else []
+        for name in self.pages[self.page]:
+            if isinstance(self.node(name), dict):
+                self.moves.append(("cd", name))
+            else:
+                self.moves += [("cat", name)] * (self.cwd + (name,) not in self.seen) + [("id", name)]
+        self.moves += [("more", "")] * (len(self.pages) > 1)
+        if self.shuffle:
+            self.rng.shuffle(self.moves)
+        self.actions = tuple(f"{verb} {show_name(name)}" if name else verb for verb, name in self.moves)
+
+    def step(self, action):
+        check_action(self, action, self.actions)
+        verb, name = self.last = self.moves[action]
+        self.steps, self.result = self.steps + 1, ""
+        if verb == "cd":
+            self.enter(self.cwd[:-1] if name == ".." else self.cwd + (name,))
+            self.seen.add(self.cwd)
+        elif verb == "cat":
+            self.seen.add(self.cwd + (name,))
+            self.result = self.cut(self.node(name))
+        elif verb == "more":
+            self.page = (self.page + 1) % len(self.pages)
+        else:
+            self.success = self.cwd + (name,) in self.targets
+            self.result = "right" if self.success else "wrong"
+        self.list_moves()
+        terminated = verb == "id"
+        truncated = not terminated and self.steps >= self.horizon
+        self.done = terminated or truncated
+        reward = (1.0 if self.success else -0.5 if terminated else 0.0) - 0.02
+        return self.render(), reward, terminated, truncated, self.info()
+
+    def info(self):
+        return {"actions": self.actions, "success": self.success}
+
+    def shown(self, name):
+        return show_name(name) + "/" * isinstance(self.node(name), dict)
+
+    def names_here(self):
+        """The names on this page as shown, and those of them that have been read or visited."""
+        names = self.pages[self.page]
+        seen = [name for name in names if self.cwd + (name,) in self.seen]
+        return [self.shown(name) for name in names], [self.shown(name) for name in seen]
+
+    def render(self):
+        here, seen = self.names_here()
+        page = f" (page {self.page + 1} of {len(self.pages)})" if len(self.pages) > 1 else ""
+        verb, name = self.last
+        return "\n".join([f"Question: {self.question}", f"Directory: /{'/'.join(map(show_name, self.cwd))}",
+                          f"Here: {' '.join(here) or 'nothing'}{page}", f"Seen: {' '.join(seen) or 'nothing'}",
+                          f"Last: {verb} {show_name(name)}".rstrip() if name else f"Last: {verb}"]
+                         + [self.result] * bool(self.result))
+
+    def expert_action(self):
+        """One step of a shortest way to the nearest target: there, read it unless that was done, and identify it."""
+
+        def away(target):
+            shared = len(os.path.commonprefix([self.cwd, target[:-1]]))
+            return len(self.cwd) + len(target) - 2 * shared, target
+
+        target = min(self.targets, key=away)
+        if target[:len(self.cwd)] != self.cwd:
+            move = ("cd", "..")
+        elif len(target) > len(self.cwd) + 1:
+            move = ("cd", target[len(self.cwd)])
+        else:
+            move = ("id" if target in self.seen else "cat", target[-1])
+        return self.moves.index(move if move in self.moves else ("more", ""))
+
+    def matches(self, text):
+        """The words of the question that a text has too, in the question's order and spelling."""
+        stems = stems_of(text)
+        return [word for word in dict.fromkeys(words_of(self.question)) if stem(word) in stems]
+
+    def describe(self):
+        here, seen = self.names_here()
+        facts = [f"The directory is {show_name(self.cwd[-1]) if self.cwd else 'the top'}.",
+                 f"The question has the words {', '.join(dict.fromkeys(words_of(self.question)))}."]
+        if self.last[0] == "cat":
+            facts += self.describe_result(show_name(self.last[1]))
+        if self.cwd:
+            known = self.matches(" ".join(self.cwd))
+            facts.append(f"The path has {', '.join(known) or 'no word'} of the question.")
+        for name in here:
+            known = self.matches(name)
+            kind = "directory" if name.endswith("/") else "file"
+            facts.append(f"The {kind} {name} has {', '.join(known) or 'no word'} of the question in its name"
+                         + (" and has been seen." if name in seen else "."))
+        matching = [name for name in here if self.matches(name)]
+        facts.append(f"Of the names here, {' and '.join(matching) or 'none'} has a word of the question.")
+        unread = [name for name in here if not name.endswith("/") and name not in seen]
+        facts.append(f"Not read yet: {', '.join(unread) or 'nothing'}.")
+        return facts
+
+    def describe_result(self, name):
+        found = self.matches(self.result)
+        missing = [word for word in dict.fromkeys(words_of(self.question)) if word not in found]
+        topic = ", ".join(list(dict.fromkeys(words_of(self.result)))[:4])
+        return [f"The file {name} speaks of {topic or 'nothing'}.",
+                f"Of the question, {name} has {', '.join(found) or 'no word'}.",
+                f"Of the question, {name} lacks {', '.join(missing) or 'no word'}."]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Making and playing
 
-ENVS = {"taxi": DangerousTaxi}
+ENVS = {"taxi": DangerousTaxi, "autoexplore": AutoExplore}
 
 
 def make(name, **options):
