@@ -1,4 +1,4 @@
-"""Text environments: the contract, and DangerousTaxi.
+"""Text environments: the contract, DangerousTaxi and AutoExplore.
 
 An agent reads a `state` (text), picks one of `info["actions"]` (a tuple of texts) by its index, and gets a
 reward. The signature is Gymnasium's, without the dependency:
@@ -12,7 +12,10 @@ reward. The signature is Gymnasium's, without the dependency:
 DangerousTaxi (paper, section 5.2) is Gymnasium's Taxi-v3 in which any useless move is fatal. Deviation: the
 paper does not give its map text; ours is Taxi-v3's own with five letters laid over it (see `DangerousTaxi`).
 
-    python envs.py --env taxi              # play it by hand
+AutoExplore (section 5.1): walk through a directory tree to the file that answers a question. Deviations: the tree is
+read into memory once, and nothing is executed or written; the state shows what has been seen here, not all history.
+
+    python envs.py --env taxi              # play it by hand; or autoexplore
 """
 
 import argparse
@@ -365,11 +368,11 @@ def cut_text(text, max_lines=8, max_tokens=60, count=count_tokens):
 # environment: `--repos DIR` has to work wherever an environment is made.
 
 STOP = frozenset(re.findall(r"\w+", """
-    a about all also among an and any are as at be been before but by can code defines described do does each every
-    explains file for from gives had has have how if in into is it its just kept may more most must never no not of
-    off on one only or other our out over per read say says set sets settings should so some than that the their
-    them then there these they this those through to too two under up use used uses was were what when where which
-    while who will with without you your table"""))
+    a about after all also among an and any are as at be been before but by can code defines described do does each
+    every explains file for from gives had has have how if in into is it its just kept may more most must never no
+    not of off on one only or other our out over per read say says set sets settings should so some than that the
+    their them then there these they this those through to too two under up use used uses was were what when where
+    which while who will with without you your table"""))
 
 
 def words_of(text):
@@ -389,16 +392,38 @@ def stems_of(text):
     return {stem(word) for word in set(words_of(text))}
 
 
+CODE = ("py", "pyi", "js", "ts", "sh", "c", "h", "cpp", "go", "rs", "java", "rb", "sql")
+COMMENT = re.compile(r"\s*(?:#+|//+|--|/?\*+|[rR]?\"\"\"|''')\s*(\w.*)")
+DEFINITION = re.compile(r"\s*(?:async |export |public |static )*(?:def|class|function|func?|fn)\s+(\w+)")
+
+
+def shown_text(name, text):
+    """What `cat` shows before it is cut to its budget. Long code begins with a licence and imports, so of that it is an
+    outline: comments, first lines of docstrings, and what is defined."""
+    if name.rpartition(".")[2].lower() not in CODE:
+        return text
+    header = re.match(r"(?:[ \t]*(?:#|//|/?\*).*\n)+", text)
+    if header and re.search("copyright|licen[sc]e", header[0], re.IGNORECASE):
+        text = text[header.end():]
+    if text.count("\n") < 15:
+        return text
+    text = re.sub(r"(?m)^([ \t]*[rR]?\"\"\")\n\s*(?=[A-Z])", r"\1", text)  # docstrings that begin on their second line
+    outline = [DEFINITION.match(line) or COMMENT.match(line) for line in text.split("\n")]
+    return "\n".join(line[0].strip() for line in outline if line) or text
+
+
 def facts_of(name, text):
     """What a question can be asked about: `(noun, verb, phrase)`, from the part of a file that `cat` shows."""
     suffix = name.rpartition(".")[2].lower()
-    if text.startswith(NOTES):
+    if text.endswith(CUT):  # the last line may have been cut within
+        text = "\n".join(text.split("\n")[:-2])
+    if not text or text.startswith(NOTES):
         return []
     if suffix in ("csv", "tsv"):
         return table_facts(text, "," if suffix == "csv" else "\t")
     if suffix in ("json", "yaml", "yml", "toml", "ini", "cfg"):
         return key_facts(text)
-    if suffix in ("py", "js", "ts", "sh", "c", "h", "cpp", "go", "rs", "java", "rb", "sql", "pyi"):
+    if suffix in CODE:
         return code_facts(text)
     return prose_facts(text)
 
@@ -406,7 +431,8 @@ def facts_of(name, text):
 def sentences(text):
     """Short sentences, without the final mark and with a small first letter."""
     found = [part.strip(" \"'*#/-") for part in re.split(r"(?<=[.!?:])\s", text)]
-    return [part[0].lower() + part[1:].rstrip(".!?:\"'* ") for part in found if part and part[0].isalpha()]
+    found = [part.rstrip(".!?:\"'* ") for part in found if part[:1].isalpha()]
+    return [part[0].lower() + part[1:] if part[1:2].islower() else part for part in found]
 
 
 def prose_facts(text):
@@ -414,7 +440,7 @@ def prose_facts(text):
     for line in text.split("\n"):
         if line.startswith("#"):
             facts += [("file", "explains", phrase) for phrase in sentences(line.lstrip("# "))]
-        elif line != CUT:
+        else:
             facts += [("file", "says:", phrase) for phrase in sentences(line)]
     return facts
 
@@ -422,17 +448,16 @@ def prose_facts(text):
 def code_facts(text):
     facts = []
     for line in text.split("\n"):
-        comment = re.match(r"\s*(?:#+|//+|--|/?\*+|[rR]?\"\"\"|''')\s*(\w.*)", line)
+        comment, definition = COMMENT.match(line), DEFINITION.match(line)
         if comment:
             facts += [("code", "says:", phrase) for phrase in sentences(comment[1].split('"""')[0])]
-        definition = re.match(r"\s*(?:async |export |public |static )*(?:def|class|function|func?|fn)\s+(\w+)", line)
         if definition:
             facts.append(("code", "defines", " ".join(words_of(definition[1]))))
     return facts
 
 
 def table_facts(text, comma):
-    rows = [[cell.strip() for cell in line.split(comma)] for line in text.split("\n") if line != CUT]
+    rows = [[cell.strip() for cell in line.split(comma)] for line in text.split("\n")]
     columns = [" ".join(words_of(cell)) for cell in rows[0]]
     phrases = [" and ".join(pair) for pair in itertools.combinations(filter(None, columns[1:]), 2)]
     for row in rows[1:]:
@@ -456,8 +481,8 @@ def key_facts(text):
     return facts
 
 
-def question_of(fact, path, hint):
-    """A question for a fact of the file at `path`; the words of the directories in `hint` tell where to look."""
+def question_of(fact, hint):
+    """A question for a fact; the words of the directories in `hint` tell where to look."""
     noun, verb, phrase = fact
     about = " and ".join(dict.fromkeys(word for name in hint for word in words_of(name)))
     return f"Which {noun} {'about ' + about + ' ' if about else ''}{verb} {phrase}?"
@@ -473,33 +498,42 @@ def quotes_name(question, name):
 def tasks_of_tree(tree, root, rng, per_file=2, most=400, hint=0.8):
     """Reverse question generation: tasks whose questions one file of the tree answers, at most `per_file` each.
 
-    A question is refused when another file has all its words, or when it quotes the file's name. A directory on the
-    way whose name the question does not touch is mentioned in it with probability `hint`.
+    A question is refused when another file answers it too, or when it quotes the file's name. A directory on the way
+    whose name the question does not touch is mentioned in it with probability `hint`.
     """
+    texts = dict(files_of(tree))
     holders = collections.defaultdict(set)  # stem -> the files that have it
-    for path, text in files_of(tree):
-        for word in stems_of(text):
+    for path, text in texts.items():
+        for word in stems_of(" ".join([text, *path[:-1]])):
             holders[word].add(path)
     tasks = []
-    for path, text in files_of(tree):
-        facts = dict.fromkeys(facts_of(path[-1], cut_text(text)))  # without repetitions, in order
-        facts = [fact for fact in facts if good_fact(fact[2], path, holders)]
+    for path in rng.sample(sorted(texts), len(texts)):
+        route, seen = optimal_path(tree, path), cut_text(shown_text(path[-1], texts[path]))
+        facts = list(dict.fromkeys(facts_of(path[-1], seen))) if len(route) <= 10 else []  # in order, none twice
         rng.shuffle(facts)
-        for fact in facts[:per_file]:
+        unique = (fact for fact in facts if is_unique(fact[2], path, holders, texts))
+        for fact in itertools.islice(unique, per_file):
             missing = [name for name in path[:-1] if not stems_of(name) & stems_of(fact[2]) and rng.random() < hint]
-            question = question_of(fact, path, missing)
-            if not quotes_name(question, path[-1]) and len(optimal_path(tree, path)) <= 10:
-                tasks.append({"question": question, "targets": ["/".join(path)], "root": root, "depth": len(path) - 1,
-                              "path": optimal_path(tree, path)})
-    return tasks if len(tasks) <= most else rng.sample(tasks, most)
+            question = question_of(fact, missing)
+            if not quotes_name(question, path[-1]):
+                tasks.append({"question": question, "targets": ["/".join(path)], "root": root,
+                              "depth": len(path) - 1, "path": route})
+        if len(tasks) >= most:
+            break
+    return tasks
 
 
-def good_fact(phrase, path, holders):
-    """Two to seven words of meaning, not too long, and all of them in this file alone."""
+def is_unique(phrase, path, holders, texts):
+    """Whether a phrase has two to seven words of meaning, and no other file has them all where one would look: in the
+    names of its directories together with a single line, or with what `cat` shows of it."""
     stems = stems_of(phrase)
-    if not 2 <= len(stems) <= 7 or len(phrase) > 90 or "|" in phrase or CUT in phrase:
+    if not 2 <= len(stems) <= 7 or len(phrase) > 90 or "|" in phrase:
         return False
-    return set.intersection(*(holders[word] for word in stems)) == {path}
+    others = set.intersection(*(holders[word] for word in stems)) - {path}
+    if len(others) > 5:  # common words: a poor question, and too many files to look through
+        return False
+    parts = ((p, part) for p in others for part in (cut_text(shown_text(p[-1], texts[p])), *texts[p].split("\n")))
+    return not any(stems <= stems_of(" ".join([part, *p[:-1]])) for p, part in parts)
 
 
 def optimal_path(tree, path):
@@ -527,12 +561,6 @@ def pages_of(tree, cwd, hidden, max_actions=26):
     return pages
 
 
-def write_tasks(path, tasks):
-    """Tasks as JSON lines (ASCII, so that file names of any bytes survive)."""
-    with open(path, "w", encoding="ascii") as file:
-        file.writelines(json.dumps(task) + "\n" for task in tasks)
-
-
 def read_tasks(path):
     """Tasks from JSON lines; a bad line is named by its number."""
     tasks = []
@@ -544,9 +572,7 @@ def read_tasks(path):
         try:
             if line.strip():
                 tasks.append(checked_task(json.loads(line)))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-        except UserError as error:
+        except (ValueError, UserError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     return tasks
 
@@ -715,7 +741,7 @@ class AutoExplore(Env):
             self.rng = random.Random(seed)
         options = self.defaults | (options or {})
         self.task = checked_task(task_of(self, options))
-        self.question, self.tree = self.task["question"], tree_of(self.task["root"])
+        self.question, self.tree = " ".join(self.task["question"].split()), tree_of(self.task["root"])
         self.targets = {tuple(target.split("/")) for target in self.task["targets"]}
         self.shuffle = options["shuffle"]
         self.hidden = frozenset(path for path, _ in files_of(self.tree) if path not in self.targets
@@ -759,7 +785,7 @@ class AutoExplore(Env):
             self.seen.add(self.cwd)
         elif verb == "cat":
             self.seen.add(self.cwd + (name,))
-            self.result = self.cut(self.node(name))
+            self.result = self.cut(shown_text(name, self.node(name)))
         elif verb == "more":
             self.page = (self.page + 1) % len(self.pages)
         else:
@@ -809,6 +835,11 @@ class AutoExplore(Env):
             move = ("id" if target in self.seen else "cat", target[-1])
         return self.moves.index(move if move in self.moves else ("more", ""))
 
+    def mistakes(self):
+        """Indices of the actions that are not the expert's and do not end the episode: what a perturbation may take."""
+        expert = self.expert_action()
+        return [i for i, (verb, _) in enumerate(self.moves) if i != expert and verb != "id"]
+
     def matches(self, text):
         """The words of the question that a text has too, in the question's order and spelling."""
         stems = stems_of(text)
@@ -816,31 +847,30 @@ class AutoExplore(Env):
 
     def describe(self):
         here, seen = self.names_here()
-        facts = [f"The directory is {show_name(self.cwd[-1]) if self.cwd else 'the top'}.",
-                 f"The question has the words {', '.join(dict.fromkeys(words_of(self.question)))}."]
+        words = list(dict.fromkeys(words_of(self.question)))
+        facts = [f"The question has the words {', '.join(words)}."]
         if self.last[0] == "cat":
-            facts += self.describe_result(show_name(self.last[1]))
+            facts += self.describe_result(show_name(self.last[1]), words)
         if self.cwd:
-            known = self.matches(" ".join(self.cwd))
-            facts.append(f"The path has {', '.join(known) or 'no word'} of the question.")
+            facts.append(f"The path has {', '.join(self.matches(' '.join(self.cwd))) or 'no word'} of the question.")
         for name in here:
-            known = self.matches(name)
-            kind = "directory" if name.endswith("/") else "file"
-            facts.append(f"The {kind} {name} has {', '.join(known) or 'no word'} of the question in its name"
-                         + (" and has been seen." if name in seen else "."))
-        matching = [name for name in here if self.matches(name)]
-        facts.append(f"Of the names here, {' and '.join(matching) or 'none'} has a word of the question.")
-        unread = [name for name in here if not name.endswith("/") and name not in seen]
-        facts.append(f"Not read yet: {', '.join(unread) or 'nothing'}.")
+            if self.matches(name):
+                facts.append(f"The name {name} has {', '.join(self.matches(name))}.")
+        others = [name for name in here if not self.matches(name)]
+        facts.append(f"No word of the question is in {', '.join(others)}." if others else "Every name here has a word.")
+        unread = [name for name in here if name not in seen]
+        facts.append(f"Seen here: {', '.join(seen) or 'nothing'}.")
+        facts.append(f"Not seen yet: {', '.join(unread) or 'nothing'}.")
         return facts
 
-    def describe_result(self, name):
+    def describe_result(self, name, words):
+        """What the file just read talks about, and which words of the question it and its path have or lack."""
         found = self.matches(self.result)
-        missing = [word for word in dict.fromkeys(words_of(self.question)) if word not in found]
+        missing = [word for word in words if word not in found and word not in self.matches(" ".join(self.cwd))]
         topic = ", ".join(list(dict.fromkeys(words_of(self.result)))[:4])
         return [f"The file {name} speaks of {topic or 'nothing'}.",
-                f"Of the question, {name} has {', '.join(found) or 'no word'}.",
-                f"Of the question, {name} lacks {', '.join(missing) or 'no word'}."]
+                f"The file {name} has {', '.join(found) or 'no word'} of the question.",
+                f"The file and its path lack {', '.join(missing) or 'no word'}."]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -883,7 +913,7 @@ def run_main(main):
 
 def main():
     parser = argparse.ArgumentParser(description="Play an environment by hand.", allow_abbrev=False)
-    parser.add_argument("--env", default="taxi", help="taxi, or package.module:Class (default: taxi)")
+    parser.add_argument("--env", default="taxi", help="taxi, autoexplore, or package.module:Class (default: taxi)")
     parser.add_argument("--split", default="train", choices=("train", "valid", "test"), help="split of the task (default: train)")
     parser.add_argument("--seed", type=int, default=0, help="which task of the split, and the env's seed (default: 0)")
     args = parser.parse_args()

@@ -2,4 +2,4 @@
 
 
 def daily_gain(weights):
-    return [b - a for a, b in zip(weights, weights[1:])]
+    return [weights[i + 1] - weights[i] for i in range(len(weights) - 1)]

@@ -3,4 +3,4 @@
 
 def swiss_pairings(players):
     ranked = sorted(players, key=lambda p: -p.points)
-    return list(zip(ranked[::2], ranked[1::2]))
+    return [ranked[i:i + 2] for i in range(0, len(ranked), 2)]

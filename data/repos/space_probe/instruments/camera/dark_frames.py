@@ -2,4 +2,4 @@
 
 
 def subtract_dark(image, dark):
-    return [a - b for a, b in zip(image, dark)]
+    return [pixel - dark[i] for i, pixel in enumerate(image)]
