@@ -495,7 +495,7 @@ def quotes_name(question, name):
     return name.lower() in question.lower() or bool(words) and f" {words} " in f" {spoken} "
 
 
-def tasks_of_tree(tree, root, rng, per_file=2, most=400, hint=0.8):
+def tasks_of_tree(tree, root, rng, per_file=2, most=400, hint=0.9):
     """Reverse question generation: tasks whose questions one file of the tree answers, at most `per_file` each.
 
     A question is refused when another file answers it too, or when it quotes the file's name. A directory on the way
@@ -679,8 +679,8 @@ def generate_tree(seed):
 
 
 def generated_readme(departments):
-    lines = [f"{name}: {' and '.join(things[:3])}" for name, things in departments.items()]
-    return "\n".join(["# " + " and ".join(departments), *lines])
+    """A table of contents, in a form that no question is made of."""
+    return "\n".join(["# Contents", *(" | ".join([name, *things[:3]]) for name, things in departments.items())])
 
 
 def generated_files(rng, words, department, thing, count, place=None):
@@ -836,7 +836,13 @@ class AutoExplore(Env):
         return self.moves.index(move if move in self.moves else ("more", ""))
 
     def mistakes(self):
-        """Indices of the actions that are not the expert's and do not end the episode: what a perturbation may take."""
+        """Indices of the actions that are not the expert's and do not end the episode: what a perturbation may take.
+
+        None once the answer has been read: a state shows only the file read last, so that a later one could not say
+        which of the files read before was the right one, and no reflection could be learned from it.
+        """
+        if self.seen & self.targets:
+            return []
         expert = self.expert_action()
         return [i for i, (verb, _) in enumerate(self.moves) if i != expert and verb != "id"]
 
