@@ -263,7 +263,7 @@ NOTES = ("[empty file]", "[binary file]", "[unreadable file]")  # what `cat` sho
 CUT = "[cut]"
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def read_tree(root):
     """A directory of the disk as a tree, read once per process; nothing is ever written and no link followed.
 
@@ -506,9 +506,9 @@ def tasks_of_tree(tree, root, rng, per_file=2, most=400, hint=0.9):
     for path, text in texts.items():
         for word in stems_of(" ".join([text, *path[:-1]])):
             holders[word].add(path)
-    tasks = []
+    tasks, pages = [], page_numbers(tree)
     for path in rng.sample(sorted(texts), len(texts)):
-        route, seen = optimal_path(tree, path), cut_text(shown_text(path[-1], texts[path]))
+        route, seen = optimal_path(path, pages), cut_text(shown_text(path[-1], texts[path]))
         facts = list(dict.fromkeys(facts_of(path[-1], seen))) if len(route) <= 10 else []  # in order, none twice
         rng.shuffle(facts)
         unique = (fact for fact in facts if is_unique(fact[2], path, holders, texts))
@@ -536,23 +536,30 @@ def is_unique(phrase, path, holders, texts):
     return not any(stems <= stems_of(" ".join([part, *p[:-1]])) for p, part in parts)
 
 
-def optimal_path(tree, path):
+def optimal_path(path, pages):
     """The action texts of a shortest way to a file, at the default page size: down, read, identify."""
     moves = []
     for i, name in enumerate(path):
-        page = next(p for p, names in enumerate(pages_of(tree, path[:i], frozenset())) if name in names)
-        moves += ["more"] * page + [f"{'cd' if i < len(path) - 1 else 'cat'} {show_name(name)}"]
+        verb = "cd" if i < len(path) - 1 else "cat"
+        moves += ["more"] * pages[path[:i + 1]] + [f"{verb} {show_name(name)}"]
     return moves + [f"id {show_name(path[-1])}"]
 
 
-def pages_of(tree, cwd, hidden, max_actions=26):
-    """The names of a directory, directories first, in pages that leave room for `cd ..` and `more` in the menu."""
-    for name in cwd:
-        tree = tree[name]
+def page_numbers(tree, path=()):
+    """`{path: page}` of everything in a tree: on which page of its directory it is listed."""
+    numbers = {path + (name,): page for page, names in enumerate(pages_of(tree, path)) for name in names}
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            numbers |= page_numbers(node, path + (name,))
+    return numbers
+
+
+def pages_of(directory, cwd, hidden=frozenset(), max_actions=26):
+    """The names of a directory, subdirectories first, in pages that leave room for `cd ..` and `more` in the menu."""
     pages, room = [[]], max_actions - 2
-    for name in sorted(tree, key=lambda name: (not isinstance(tree[name], dict), name)):
+    for name in sorted(directory, key=lambda name: (not isinstance(directory[name], dict), name)):
         if cwd + (name,) not in hidden:
-            cost = 1 if isinstance(tree[name], dict) else 2  # `cd`; `cat` and `id`
+            cost = 1 if isinstance(directory[name], dict) else 2  # `cd`; `cat` and `id`
             if cost > room:
                 pages.append([])
                 room = max_actions - 2
@@ -586,7 +593,7 @@ def checked_task(task):
             raise UserError(f"a task of AutoExplore needs a non-empty {kind.__name__} {key!r}: {task!r}")
     for target in task["targets"]:
         node = tree_of(task["root"])
-        for name in str(target).split("/"):
+        for name in target.split("/") if isinstance(target, str) else [""]:
             node = node.get(name) if isinstance(node, dict) else None
         if not isinstance(node, str):
             raise UserError(f"target {target!r} is not a file of {task['root']!r}")
@@ -753,21 +760,15 @@ class AutoExplore(Env):
 
     def enter(self, cwd):
         self.cwd, self.page = cwd, 0
-        self.pages = pages_of(self.tree, cwd, self.hidden, self.max_actions)
+        self.directory = functools.reduce(dict.__getitem__, cwd, self.tree)
+        self.pages = pages_of(self.directory, cwd, self.hidden, self.max_actions)
         self.list_moves()
-
-    def node(self, name):
-        """What a name of the working directory stands for: a dict or a text."""
-        node = self.tree
-        for part in (*self.cwd, name):
-            node = node[part]
-        return node
 
     def list_moves(self):
         """The valid moves as `(verb, name)`: those of this page, `cd ..` below the root, `more` if there are pages."""
         self.moves = [("cd", "..")] if self.cwd else []
         for name in self.pages[self.page]:
-            if isinstance(self.node(name), dict):
+            if isinstance(self.directory[name], dict):
                 self.moves.append(("cd", name))
             else:
                 self.moves += [("cat", name)] * (self.cwd + (name,) not in self.seen) + [("id", name)]
@@ -785,7 +786,7 @@ class AutoExplore(Env):
             self.seen.add(self.cwd)
         elif verb == "cat":
             self.seen.add(self.cwd + (name,))
-            self.result = self.cut(shown_text(name, self.node(name)))
+            self.result = self.cut(shown_text(name, self.directory[name]))
         elif verb == "more":
             self.page = (self.page + 1) % len(self.pages)
         else:
@@ -802,7 +803,7 @@ class AutoExplore(Env):
         return {"actions": self.actions, "success": self.success}
 
     def shown(self, name):
-        return show_name(name) + "/" * isinstance(self.node(name), dict)
+        return show_name(name) + "/" * isinstance(self.directory[name], dict)
 
     def names_here(self):
         """The names on this page as shown, and those of them that have been read or visited."""

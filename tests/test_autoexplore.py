@@ -175,6 +175,7 @@ def test_states_menus_and_reflections_are_short():
         while not over:
             reflection = reflect_on_exploration(env, mistake)
             assert reflection.endswith(tuple(GOALS.values())) and "\n" not in reflection
+            assert env.actions[env.expert_action()] not in reflection  # the decision is the policy's
             assert envs.count_tokens(reflection) <= 45 and envs.count_tokens(state) <= 150
             assert all(isinstance(fact, str) and fact.endswith(".") for fact in env.describe())
             mistake = bool(env.mistakes()) and rng.random() < 0.3
@@ -266,6 +267,9 @@ def test_any_directory_works(tmp_path):
     single = AutoExplore(repos=str(tmp_path / "one"))  # one repository: split by question
     questions = [[task["question"] for task in single.tasks(split)] for split in ("train", "test")]
     assert all(questions) and not set(questions[0]) & set(questions[1])
+    for i in range(3000):  # most of these are too many pages away
+        (tmp_path / "four" / f"{i}.md").write_text(f"# Rule {i} of {'abcdefghij'[i % 10] * 4}{i}\n")
+    assert all(len(task["path"]) <= 10 for task in AutoExplore(repos=str(tmp_path / "four")).tasks("train"))
     (tmp_path / "empty").mkdir()
     for bad in ("empty", "missing"):
         with pytest.raises(UserError):
@@ -310,7 +314,7 @@ def test_nothing_outside_the_root_is_reachable(tmp_path):
     (root / ".hidden").write_text("the secret")
     assert read_tree(str(root)) == {"inside.txt": "inside", "sub": {}}
     env = AutoExplore()
-    for target in ("../secret.txt", "/etc/passwd", "sub/../inside.txt", "link.txt", "", "sub", ".", "..", ".hidden"):
+    for target in (5, "../secret.txt", "/etc/passwd", "sub/../inside.txt", "link.txt", "", "sub", ".", "..", ".hidden"):
         with pytest.raises(UserError):
             env.reset(options={"task": task_for(root, target)})
     for name in ("..", ".", "../..", "repos/../..", "coffee_company/..", "generated:x", "generated:-1", ""):
