@@ -1,4 +1,4 @@
-"""Text environments: the contract, and DangerousTaxi.
+"""Text environments: the contract, DangerousTaxi and AutoExplore.
 
 An agent reads a `state` (text), picks one of `info["actions"]` (a tuple of texts) by its index, and gets a
 reward. The signature is Gymnasium's, without the dependency:
@@ -12,13 +12,22 @@ reward. The signature is Gymnasium's, without the dependency:
 DangerousTaxi (paper, section 5.2) is Gymnasium's Taxi-v3 in which any useless move is fatal. Deviation: the
 paper does not give its map text; ours is Taxi-v3's own with five letters laid over it (see `DangerousTaxi`).
 
-    python envs.py --env taxi              # play it by hand
+AutoExplore (section 5.1): walk through a directory tree to the file that answers a question. Deviations: the tree is
+read into memory once, and nothing is executed or written; the state shows what has been seen here, not all history.
+
+    python envs.py --env taxi              # play it by hand; or autoexplore
 """
 
 import argparse
 import collections
+import functools
 import importlib
+import itertools
+import json
+import os
+import pathlib
 import random
+import re
 import sys
 
 
@@ -35,6 +44,7 @@ class Env:
     """
 
     horizon = 30  # steps after which an episode is truncated
+    training = {}  # reset options of training episodes and teacher data (augmentation); evaluation has none
 
     def reset(self, *, seed=None, options=None):
         """Start an episode: `(state, info)`. `seed` reseeds the env's own RNG; `options["task"]` names the task."""
@@ -256,9 +266,682 @@ def taxi_distances(target, _cache={}):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# AutoExplore: trees. A tree is nested dicts, name -> dict (a directory) or str (the text of a file).
+
+DATA = pathlib.Path(__file__).resolve().parent / "data"
+HEAD_BYTES = 16 * 1024  # of a file, what is read
+MAX_DEPTH, MAX_FILES = 40, 100_000
+NOTES = ("[empty file]", "[binary file]", "[unreadable file]")  # what `cat` shows where there is no text
+CUT = "[cut]"
+
+
+@functools.cache
+def read_tree(root):
+    """A directory of the disk as a tree, read once per process; nothing is ever written and no link followed.
+
+    Hidden entries, `__pycache__`, symbolic links and special files (pipes, devices) are left out.
+    """
+    if not os.path.isdir(root):
+        raise UserError(f"{str(root)!r} is not a directory")
+    return read_directory(root, MAX_DEPTH, itertools.count(1))
+
+
+def read_directory(path, depth, counter):
+    try:
+        with os.scandir(path) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+    except OSError:  # unreadable: an empty directory
+        return {}
+    tree = {}
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__pycache__":
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            tree[entry.name] = read_directory(entry.path, depth - 1, counter) if depth else {}
+        elif entry.is_file(follow_symlinks=False):
+            tree[entry.name] = read_head(entry.path)
+            if next(counter) > MAX_FILES:
+                raise UserError(f"more than {MAX_FILES} files: choose a smaller directory ({path!r})")
+    return tree
+
+
+def read_head(path):
+    """The first `HEAD_BYTES` of a file as text; a note of `NOTES` where there is none to show."""
+    # O_NOFOLLOW and O_NONBLOCK: the entry may have become a link or a pipe since it was listed.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(path, flags), "rb") as file:
+            head = file.read(HEAD_BYTES + 1)
+    except OSError:
+        return "[unreadable file]"
+    if b"\0" in head:
+        return "[binary file]"
+    text = head[:HEAD_BYTES].decode("utf-8-sig", errors="replace")
+    lines = ["".join(c if c.isprintable() else " " for c in line).rstrip() for line in text.splitlines()]
+    text = "\n".join(line for line in lines if line)
+    return (text + "\n" + CUT if len(head) > HEAD_BYTES else text) or "[empty file]"
+
+
+def tree_of(root):
+    """The tree that a task's `root` names: `generated:SEED`, an absolute path, or a name under data/repos."""
+    if root.startswith("generated:") and root[10:].isdecimal():
+        return generate_tree(int(root[10:]))
+    if os.path.isabs(root):
+        return read_tree(root)
+    if root in (".", "..") or "/" in root or "\\" in root or not (DATA / "repos" / root).is_dir():
+        raise UserError(f"no repository {root!r}: give a name under data/repos, generated:SEED or an absolute path")
+    return read_tree(str(DATA / "repos" / root))
+
+
+def files_of(tree, path=()):
+    """Every file of a tree: `(path as a tuple of names, text)`, sorted."""
+    for name in sorted(tree):
+        if isinstance(tree[name], dict):
+            yield from files_of(tree[name], path + (name,))
+        else:
+            yield path + (name,), tree[name]
+
+
+def show_name(name):
+    """A name as the agent sees it, one line and unmistakable: odd ones are quoted, with escapes.
+
+    `\\xNN` is a byte that is not UTF-8, `\\u` a character that does not print.
+    """
+    if name.isprintable() and not set(name) & set(" \"'\\") and not name.startswith("-"):
+        return name
+    special = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
+
+    def escape(c):
+        if "\udc80" <= c <= "\udcff":  # how Python decodes such a byte in a file name
+            return f"\\x{ord(c) - 0xDC00:02x}"
+        return special.get(c) or (c if c.isprintable() else f"\\u{ord(c):06x}")
+
+    return '"' + "".join(map(escape, name)) + '"'
+
+
+def count_tokens(text):
+    """About what a small byte-level tokenizer makes of a text: every digit, mark and new line counts."""
+    return len(re.findall(r"[A-Za-z]{1,8}|\n|[^A-Za-z\s]", text))
+
+
+def cut_text(text, max_lines=8, max_tokens=60, count=count_tokens):
+    """The beginning of a text, with a mark when something is left out; the mark is not part of the budget."""
+    kept = "\n".join(text.split("\n", max_lines)[:max_lines])
+    low, high = 0, min(len(kept), 16 * max_tokens)  # a token has hardly ever more characters
+    if high < len(kept) or count(kept) > max_tokens:
+        while low < high:  # the longest prefix within the budget, by bisection
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if count(kept[:middle]) <= max_tokens else (low, middle - 1)
+        kept = kept[:low]
+    return kept if len(kept) == len(text) else kept.rstrip() + "\n" + CUT
+
+
+# AutoExplore: words, questions and tasks. Here and not in negatives.py, since the task set is part of the
+# environment: `--repos DIR` has to work wherever an environment is made.
+
+STOP = frozenset(
+    re.findall(
+        r"\w+",
+        """
+    a about after all also among an and any are as at be been before but by can code defines described do does each
+    every explains file for from gives had has have how if in into is it its just kept may more most must never no
+    not of off on one only or other our out over per read say says set sets settings should so some than that the
+    their them then there these they this those through to too two under up use used uses was were what when where
+    which while who will with without you your table""",
+    )
+)
+
+
+def words_of(text):
+    """The words of a text that carry meaning, lower case and in order; `snake_case` and `camelCase` are split."""
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
+    return [word for word in re.findall(r"[^\W\d_]{3,}", text.lower()) if word not in STOP]
+
+
+@functools.lru_cache(maxsize=100_000)
+def stem(word):
+    """What words of one family share: roast of `roasts`, `roasted`, `roaster`, `roasting`."""
+    word = re.sub(r"(?<=...)(ings?|ers?|ies|y|ed|es|s|e)$", "", word)
+    return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word  # shipp(ing) is ship
+
+
+def stems_of(text):
+    return {stem(word) for word in set(words_of(text))}
+
+
+CODE = ("py", "pyi", "js", "ts", "sh", "c", "h", "cpp", "go", "rs", "java", "rb", "sql")
+COMMENT = re.compile(r"\s*(?:#+|//+|--|/?\*+|[rR]?\"\"\"|''')\s*(\w.*)")
+DEFINITION = re.compile(r"\s*(?:async |export |public |static )*(?:def|class|function|func?|fn)\s+(\w+)")
+
+
+def shown_text(name, text):
+    """What `cat` shows before it is cut to its budget. Long code begins with a licence and imports, so of that it is an
+    outline: comments, first lines of docstrings, and what is defined."""
+    if name.rpartition(".")[2].lower() not in CODE:
+        return text
+    header = re.match(r"(?:[ \t]*(?:#|//|/?\*).*\n)+", text)
+    if header and re.search("copyright|licen[sc]e", header[0], re.IGNORECASE):
+        text = text[header.end() :]
+    if text.count("\n") < 15:
+        return text
+    text = re.sub(r"(?m)^([ \t]*[rR]?\"\"\")\n\s*(?=[A-Z])", r"\1", text)  # docstrings that begin on their second line
+    outline = [DEFINITION.match(line) or COMMENT.match(line) for line in text.split("\n")]
+    return "\n".join(line[0].strip() for line in outline if line) or text
+
+
+def facts_of(name, text):
+    """What a question can be asked about: `(noun, verb, phrase)`, from the part of a file that `cat` shows."""
+    suffix = name.rpartition(".")[2].lower()
+    if text.endswith(CUT):  # the last line may have been cut within
+        text = "\n".join(text.split("\n")[:-2])
+    if not text or text.startswith(NOTES):
+        return []
+    if suffix in ("csv", "tsv"):
+        return table_facts(text, "," if suffix == "csv" else "\t")
+    if suffix in ("json", "yaml", "yml", "toml", "ini", "cfg"):
+        return key_facts(text)
+    if suffix in CODE:
+        return code_facts(text)
+    return prose_facts(text)
+
+
+def sentences(text):
+    """Short sentences, without the final mark and with a small first letter."""
+    found = [part.strip(" \"'*#/-") for part in re.split(r"(?<=[.!?:])\s", text)]
+    found = [part.rstrip(".!?:\"'* ") for part in found if part[:1].isalpha()]
+    return [part[0].lower() + part[1:] if part[1:2].islower() else part for part in found]
+
+
+def prose_facts(text):
+    facts = []
+    for line in text.split("\n"):
+        if line.startswith("#"):
+            facts += [("file", "explains", phrase) for phrase in sentences(line.lstrip("# "))]
+        else:
+            facts += [("file", "says:", phrase) for phrase in sentences(line)]
+    return facts
+
+
+def code_facts(text):
+    facts = []
+    for line in text.split("\n"):
+        comment, definition = COMMENT.match(line), DEFINITION.match(line)
+        if comment:
+            facts += [("code", "says:", phrase) for phrase in sentences(comment[1].split('"""')[0])]
+        if definition:
+            facts.append(("code", "defines", " ".join(words_of(definition[1]))))
+    return facts
+
+
+def table_facts(text, comma):
+    rows = [[cell.strip() for cell in line.split(comma)] for line in text.split("\n")]
+    columns = [" ".join(words_of(cell)) for cell in rows[0]]
+    phrases = [" and ".join(pair) for pair in itertools.combinations(filter(None, columns[1:]), 2)]
+    for row in rows[1:]:
+        phrases += [f"{column} of {row[0]}" for column in columns[1:] if column and words_of(row[0])]
+    return [("table", "gives the", phrase) for phrase in phrases]
+
+
+def key_facts(text):
+    facts, parents = [], {}
+    for line in text.split("\n"):
+        entry = re.match(r"(\s*)[-\[]?\s*\"?([A-Za-z_][\w .-]*?)\"?\s*(?:[:=]\s*(.*)|\]$)", line)
+        if line.lstrip().startswith("#"):
+            facts += [("settings file", "says:", phrase) for phrase in sentences(line.strip("# "))]
+        elif entry:
+            indent, key = len(entry[1]), " ".join(words_of(entry[2]))
+            outer = " ".join(parents[i] for i in sorted(parents) if i < indent)
+            parents = {i: name for i, name in parents.items() if i < indent} | {indent: key}
+            value = " ".join(re.findall(r"[^\W\d_]+", entry[3] or ""))
+            phrase = f"{key} of {outer}" if outer else f"{key} to {value}" if value else key
+            facts.append(("settings file", "sets the", phrase))
+    return facts
+
+
+def question_of(fact, hint):
+    """A question for a fact; the words of the directories in `hint` tell where to look."""
+    noun, verb, phrase = fact
+    about = " and ".join(dict.fromkeys(word for name in hint for word in words_of(name)))
+    return f"Which {noun} {'about ' + about + ' ' if about else ''}{verb} {phrase}?"
+
+
+def quotes_name(question, name):
+    """Whether a question gives away a file's name: the name, or the words of its stem in a row."""
+    spoken = " ".join(re.findall(r"[^\W\d_]+", question.lower()))
+    words = " ".join(re.findall(r"[^\W\d_]+", name.rpartition(".")[0].lower() or name.lower()))
+    return name.lower() in question.lower() or bool(words) and f" {words} " in f" {spoken} "
+
+
+def tasks_of_tree(tree, root, rng, per_file=2, most=400, hint=0.9):
+    """Reverse question generation: tasks whose questions one file of the tree answers, at most `per_file` each.
+
+    A question is refused when another file answers it too, or when it quotes the file's name. A directory on the way
+    whose name the question does not touch is mentioned in it with probability `hint`.
+    """
+    texts = dict(files_of(tree))
+    holders = collections.defaultdict(set)  # stem -> the files that have it
+    for path, text in texts.items():
+        for word in stems_of(" ".join([text, *path[:-1]])):
+            holders[word].add(path)
+    tasks, pages = [], page_numbers(tree)
+    for path in rng.sample(sorted(texts), len(texts)):
+        route, seen = optimal_path(path, pages), cut_text(shown_text(path[-1], texts[path]))
+        facts = list(dict.fromkeys(facts_of(path[-1], seen))) if len(route) <= 10 else []  # in order, none twice
+        rng.shuffle(facts)
+        unique = (fact for fact in facts if is_unique(fact[2], path, holders, texts))
+        for fact in itertools.islice(unique, per_file):
+            missing = [name for name in path[:-1] if not stems_of(name) & stems_of(fact[2]) and rng.random() < hint]
+            question = question_of(fact, missing)
+            if not quotes_name(question, path[-1]):
+                tasks.append(
+                    {
+                        "question": question,
+                        "targets": ["/".join(path)],
+                        "root": root,
+                        "depth": len(path) - 1,
+                        "path": route,
+                    }
+                )
+        if len(tasks) >= most:
+            break
+    return tasks
+
+
+def is_unique(phrase, path, holders, texts):
+    """Whether a phrase has two to seven words of meaning, and no other file has them all where one would look: in the
+    names of its directories together with a single line, or with what `cat` shows of it."""
+    stems = stems_of(phrase)
+    if not 2 <= len(stems) <= 7 or len(phrase) > 90 or "|" in phrase:
+        return False
+    others = set.intersection(*(holders[word] for word in stems)) - {path}
+    if len(others) > 5:  # common words: a poor question, and too many files to look through
+        return False
+    parts = ((p, part) for p in others for part in (cut_text(shown_text(p[-1], texts[p])), *texts[p].split("\n")))
+    return not any(stems <= stems_of(" ".join([part, *p[:-1]])) for p, part in parts)
+
+
+def optimal_path(path, pages):
+    """The action texts of a shortest way to a file, at the default page size: down, read, identify."""
+    moves = []
+    for i, name in enumerate(path):
+        verb = "cd" if i < len(path) - 1 else "cat"
+        moves += ["more"] * pages[path[: i + 1]] + [f"{verb} {show_name(name)}"]
+    return moves + [f"id {show_name(path[-1])}"]
+
+
+def page_numbers(tree, path=()):
+    """`{path: page}` of everything in a tree: on which page of its directory it is listed."""
+    numbers = {path + (name,): page for page, names in enumerate(pages_of(tree, path)) for name in names}
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            numbers |= page_numbers(node, path + (name,))
+    return numbers
+
+
+def pages_of(directory, cwd, hidden=frozenset(), max_actions=26):
+    """The names of a directory, subdirectories first, in pages that leave room for `cd ..` and `more` in the menu."""
+    pages, room = [[]], max_actions - 2
+    for name in sorted(directory, key=lambda name: (not isinstance(directory[name], dict), name)):
+        if cwd + (name,) not in hidden:
+            cost = 1 if isinstance(directory[name], dict) else 2  # `cd`; `cat` and `id`
+            if cost > room:
+                pages.append([])
+                room = max_actions - 2
+            pages[-1].append(name)
+            room -= cost
+    return pages
+
+
+def read_tasks(path):
+    """Tasks from JSON lines; a bad line is named by its number."""
+    tasks = []
+    try:
+        lines = open(path, encoding="utf-8").read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read tasks from {str(path)!r}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                tasks.append(checked_task(json.loads(line)))
+        except (ValueError, UserError) as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    return tasks
+
+
+def checked_task(task):
+    """The task itself, when it has what an episode needs."""
+    if not isinstance(task, dict):
+        raise UserError(f"a task of AutoExplore is a dict, not {task!r}")
+    for key, kind in (("question", str), ("targets", list), ("root", str)):
+        if not isinstance(task.get(key), kind) or not task[key]:
+            raise UserError(f"a task of AutoExplore needs a non-empty {kind.__name__} {key!r}: {task!r}")
+    for target in task["targets"]:
+        node = tree_of(task["root"])
+        for name in target.split("/") if isinstance(target, str) else [""]:
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, str):
+            raise UserError(f"target {target!r} is not a file of {task['root']!r}")
+    return task
+
+
+def split_of_seed(seed):
+    """Generated repositories are split 7:2:1 by seed; each split has themes of its own."""
+    return "train" if seed % 10 < 7 else "valid" if seed % 10 < 9 else "test"
+
+
+def split_repositories(roots):
+    """`{split: roots}`, 7:2:1, by a fixed shuffle; few repositories leave `valid`, then `test` empty."""
+    roots = sorted(roots)
+    random.Random(0).shuffle(roots)
+    tests, valids = (len(roots) + 8) // 10 or int(len(roots) > 1), len(roots) // 5
+    return {"test": roots[:tests], "valid": roots[tests : tests + valids], "train": roots[tests + valids :]}
+
+
+@functools.lru_cache(maxsize=8)
+def explore_tasks(repos, generated, per_file):
+    """`{split: tasks}`; the questions of train repositories are split again into `train`, `valid_seen`, `test_seen`."""
+    splits = split_repositories(repositories(repos))
+    for seed in range(0 if repos else generated):
+        splits[split_of_seed(seed)].append(f"generated:{seed}")
+    tasks = {"train": [], "valid_seen": [], "test_seen": [], "valid": [], "test": []}
+    for split, roots in splits.items():
+        for root in roots:
+            rng = random.Random(os.path.basename(root))
+            found = tasks_of_tree(tree_of(root), root, rng, per_file)
+            if split != "train":
+                tasks[split] += found
+                continue
+            rng.shuffle(found)
+            first, second = len(found) * 7 // 10, len(found) * 9 // 10
+            tasks["train"] += found[:first]
+            tasks["valid_seen"] += found[first:second]
+            tasks["test_seen"] += found[second:]
+    if not tasks["train"]:
+        raise UserError(f"no question could be made from the files of {repos!r}: too few text files")
+    for split in ("valid", "test"):  # too few repositories to keep one apart: unseen questions must do
+        tasks[split] = tasks[split] or tasks[split + "_seen"]
+    return tasks
+
+
+def repositories(repos):
+    """Roots: those of data/repos, or `repos` itself when it holds files, else its subdirectories."""
+    if repos is None:
+        return sorted(path.name for path in (DATA / "repos").iterdir() if path.is_dir())
+    repos = os.path.abspath(repos)
+    tree = read_tree(repos)
+    inside = [name for name in tree if isinstance(tree[name], dict) and any(files_of(tree[name]))]
+    if not inside or len(inside) < len(tree):
+        return [repos]
+    return [os.path.join(repos, name) for name in inside]
+
+
+# AutoExplore: generated repositories.
+
+
+@functools.lru_cache(maxsize=1)
+def vocabulary():
+    return json.loads((DATA / "themes.json").read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=1024)
+def generate_tree(seed):
+    """A made-up repository: departments, in them areas with files, and files of their own; the same for one seed.
+
+    Themes (departments and the things they deal with) come from the split of the seed; aspects (`price`, `owner`)
+    are everybody's, so that files of different departments have words in common.
+    """
+    rng = random.Random(f"tree {seed}")
+    words = vocabulary()
+    themes = words["themes"][split_of_seed(seed)]
+    departments = {}
+    for theme in rng.sample(sorted(themes), 2):
+        for department in rng.sample(sorted(themes[theme]), rng.choice((1, 2, 2))):
+            departments[department] = themes[theme][department]
+    tree = {"README.md": generated_readme(departments)}
+    for department, things in departments.items():
+        things = rng.sample(things, len(things))
+        tree[department] = generated_files(rng, words, department, things[0], rng.choice((2, 3)))
+        for thing in things[1 : rng.choice((2, 3, 4))]:
+            tree[department][thing] = generated_files(rng, words, department, thing, rng.choice((2, 3, 4)))
+            if rng.random() < 0.3:
+                place = rng.choice(words["places"])
+                tree[department][thing][place] = generated_files(rng, words, department, thing, 2, place)
+    return tree | generated_files(rng, words, "company", rng.choice(words["company"]), 2)
+
+
+def generated_readme(departments):
+    """A table of contents, in a form that no question is made of."""
+    return "\n".join(["# Contents", *(" | ".join([name, *things[:3]]) for name, things in departments.items())])
+
+
+def generated_files(rng, words, department, thing, count, place=None):
+    """Files about one thing, each on an aspect of its own; half of them have a name that tells something."""
+    files = {}
+    for aspect in rng.sample(sorted(words["aspects"]), count):
+        kind = rng.choice(sorted(words["kinds"]))
+        related = rng.sample(words["aspects"][aspect], 2)
+        slots = {
+            "department": department,
+            "thing": thing,
+            "aspect": aspect,
+            "other": related[0],
+            "number": rng.randint(2, 90),
+            "place": place or rng.choice(words["places"]),
+        }
+        slots |= {slot: rng.choice(words[slot + "s"]) for slot in ("person", "verb", "adjective")}
+        name = rng.choice((related[1], rng.choice(words["names"])))
+        files[f"{name}.{kind}"] = "\n".join(rng.choice(words["kinds"][kind])).format(**slots)
+    return files
+
+
+class AutoExplore(Env):
+    """Find the file of a directory tree that answers a question (paper, section 5.1).
+
+    A task is a dict: `question`, `targets` (paths with `/`), `root` (see `tree_of`), and for the curriculum and the
+    reader `depth` (0: a file of the root directory) and `path` (optimal action texts). Identifying a file ends the
+    episode: right +1, wrong -0.5; every step costs 0.02. Deviation: the paper's agent sees the history of its commands;
+    ours sees what it has seen of the directory it is in, so that equal situations are equal texts.
+
+    `repos`: a directory of yours instead of data/repos; `questions`: a JSONL file of tasks instead of generated ones.
+    Reset options: `task`, `shuffle` (the menu in random order), `leave_out` (probability that a file that is not a
+    target is hidden).
+    """
+
+    horizon = 15
+    training = {"shuffle": True, "leave_out": 0.2}
+
+    def __init__(
+        self,
+        repos=None,
+        questions=None,
+        horizon=15,
+        count_tokens=count_tokens,
+        result_tokens=60,
+        result_lines=8,
+        max_actions=26,
+        generated=100,
+        per_file=2,
+        shuffle=False,
+        leave_out=0.0,
+    ):
+        if max_actions < 4:
+            raise UserError(f"AutoExplore needs room for at least 4 actions in the menu, not {max_actions}")
+        self.repos, self.questions, self.horizon = repos, questions, horizon
+        self.cut = functools.partial(cut_text, max_lines=result_lines, max_tokens=result_tokens, count=count_tokens)
+        self.max_actions, self.generated, self.per_file = max_actions, generated, per_file
+        self.defaults = {"shuffle": shuffle, "leave_out": leave_out}
+        self.rng = random.Random()
+        self.done = True
+
+    def tasks(self, split):
+        """`train`, `valid`, `test` (unseen repositories); `*_seen`: new questions on those of train."""
+        names = ("train", "valid", "test", "valid_seen", "test_seen")
+        if split not in names:
+            raise UserError(f"unknown split {split!r}: one of {', '.join(names)}")
+        if not self.questions:
+            return list(explore_tasks(self.repos, self.generated, self.per_file)[split])
+        tasks = read_tasks(self.questions)
+        random.Random(0).shuffle(tasks)
+        first, second = len(tasks) * 7 // 10, len(tasks) * 9 // 10
+        parts = {"train": tasks[:first], "valid": tasks[first:second], "test": tasks[second:]}
+        return parts[split.removesuffix("_seen")]
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.rng = random.Random(seed)
+        options = self.defaults | (options or {})
+        self.task = checked_task(task_of(self, options))
+        self.question, self.tree = " ".join(self.task["question"].split()), tree_of(self.task["root"])
+        self.targets = {tuple(target.split("/")) for target in self.task["targets"]}
+        self.shuffle = options["shuffle"]
+        self.hidden = (
+            frozenset(
+                path
+                for path, _ in files_of(self.tree)
+                if path not in self.targets and self.rng.random() < options["leave_out"]
+            )
+            if options["leave_out"]
+            else frozenset()
+        )
+        self.seen = set()  # paths of the files read and the directories entered
+        self.steps, self.done, self.success, self.last, self.result = 0, False, False, ("start", ""), ""
+        self.enter(())
+        return self.render(), self.info()
+
+    def enter(self, cwd):
+        self.cwd, self.page = cwd, 0
+        self.directory = functools.reduce(dict.__getitem__, cwd, self.tree)
+        self.pages = pages_of(self.directory, cwd, self.hidden, self.max_actions)
+        self.list_moves()
+
+    def list_moves(self):
+        """The valid moves as `(verb, name)`: those of this page, `cd ..` below the root, `more` if there are pages."""
+        self.moves = [("cd", "..")] if self.cwd else []
+        for name in self.pages[self.page]:
+            if isinstance(self.directory[name], dict):
+                self.moves.append(("cd", name))
+            else:
+                self.moves += [("cat", name)] * (self.cwd + (name,) not in self.seen) + [("id", name)]
+        self.moves += [("more", "")] * (len(self.pages) > 1)
+        if self.shuffle:
+            self.rng.shuffle(self.moves)
+        self.actions = tuple(f"{verb} {show_name(name)}" if name else verb for verb, name in self.moves)
+
+    def step(self, action):
+        check_action(self, action, self.actions)
+        verb, name = self.last = self.moves[action]
+        self.steps, self.result = self.steps + 1, ""
+        if verb == "cd":
+            self.enter(self.cwd[:-1] if name == ".." else self.cwd + (name,))
+            self.seen.add(self.cwd)
+        elif verb == "cat":
+            self.seen.add(self.cwd + (name,))
+            self.result = self.cut(shown_text(name, self.directory[name]))
+        elif verb == "more":
+            self.page = (self.page + 1) % len(self.pages)
+        else:
+            self.success = self.cwd + (name,) in self.targets
+            self.result = "right" if self.success else "wrong"
+        self.list_moves()
+        terminated = verb == "id"
+        truncated = not terminated and self.steps >= self.horizon
+        self.done = terminated or truncated
+        reward = (1.0 if self.success else -0.5 if terminated else 0.0) - 0.02
+        return self.render(), reward, terminated, truncated, self.info()
+
+    def info(self):
+        return {"actions": self.actions, "success": self.success}
+
+    def shown(self, name):
+        return show_name(name) + "/" * isinstance(self.directory[name], dict)
+
+    def names_here(self):
+        """The names on this page as shown, and those of them that have been read or visited."""
+        names = self.pages[self.page]
+        seen = [name for name in names if self.cwd + (name,) in self.seen]
+        return [self.shown(name) for name in names], [self.shown(name) for name in seen]
+
+    def render(self):
+        here, seen = self.names_here()
+        page = f" (page {self.page + 1} of {len(self.pages)})" if len(self.pages) > 1 else ""
+        verb, name = self.last
+        return "\n".join(
+            [
+                f"Question: {self.question}",
+                f"Directory: /{'/'.join(map(show_name, self.cwd))}",
+                f"Here: {' '.join(here) or 'nothing'}{page}",
+                f"Seen: {' '.join(seen) or 'nothing'}",
+                f"Last: {verb} {show_name(name)}".rstrip() if name else f"Last: {verb}",
+            ]
+            + [self.result] * bool(self.result)
+        )
+
+    def expert_action(self):
+        """One step of a shortest way to the nearest target: there, read it unless that was done, and identify it."""
+
+        def away(target):
+            shared = len(os.path.commonprefix([self.cwd, target[:-1]]))
+            return len(self.cwd) + len(target) - 2 * shared, target
+
+        target = min(self.targets, key=away)
+        if target[: len(self.cwd)] != self.cwd:
+            move = ("cd", "..")
+        elif len(target) > len(self.cwd) + 1:
+            move = ("cd", target[len(self.cwd)])
+        else:
+            move = ("id" if target in self.seen else "cat", target[-1])
+        return self.moves.index(move if move in self.moves else ("more", ""))
+
+    def mistakes(self):
+        """Indices of the actions that are not the expert's and do not end the episode: what a perturbation may take.
+
+        None once the answer has been read: a state shows only the file read last, so that a later one could not say
+        which of the files read before was the right one, and no reflection could be learned from it.
+        """
+        if self.seen & self.targets:
+            return []
+        expert = self.expert_action()
+        return [i for i, (verb, _) in enumerate(self.moves) if i != expert and verb != "id"]
+
+    def matches(self, text):
+        """The words of the question that a text has too, in the question's order and spelling."""
+        stems = stems_of(text)
+        return [word for word in dict.fromkeys(words_of(self.question)) if stem(word) in stems]
+
+    def describe(self):
+        here, seen = self.names_here()
+        words = list(dict.fromkeys(words_of(self.question)))
+        facts = [("The question has the words", f" {', '.join(words)}.")]
+        if self.last[0] == "cat":
+            facts += self.describe_result(show_name(self.last[1]), words)
+        if self.cwd:
+            facts.append(
+                ("The path has", f" {', '.join(self.matches(' '.join(self.cwd))) or 'no word'} of the question.")
+            )
+        facts += [(f"The name {name} has", f" {', '.join(self.matches(name))}.") for name in here if self.matches(name)]
+        others = [name for name in here if not self.matches(name)]
+        facts.append(("No word of the question is in", f" {', '.join(others) or 'nothing'}."))
+        unread = [name for name in here if name not in seen]
+        facts.append(("Seen here:", f" {', '.join(seen) or 'nothing'}."))
+        facts.append(("Not seen yet:", f" {', '.join(unread) or 'nothing'}."))
+        return facts
+
+    def describe_result(self, name, words):
+        """What the file just read talks about, and which words of the question it and its path have or lack."""
+        found = self.matches(self.result)
+        missing = [word for word in words if word not in found and word not in self.matches(" ".join(self.cwd))]
+        topic = ", ".join(list(dict.fromkeys(words_of(self.result)))[:4])
+        return [
+            (f"The file {name} speaks of", f" {topic or 'nothing'}."),
+            (f"The file {name} has", f" {', '.join(found) or 'no word'} of the question."),
+            ("The file and its path lack", f" {', '.join(missing) or 'no word'}."),
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Making and playing
 
-ENVS = {"taxi": DangerousTaxi}
+ENVS = {"taxi": DangerousTaxi, "autoexplore": AutoExplore}
 
 
 def make(name, **options):
@@ -295,10 +978,8 @@ def run_main(main):
 
 def main():
     parser = argparse.ArgumentParser(description="Play an environment by hand.", allow_abbrev=False)
-    parser.add_argument("--env", default="taxi", help="taxi, or package.module:Class (default: taxi)")
-    parser.add_argument(
-        "--split", default="train", choices=("train", "valid", "test"), help="split of the task (default: train)"
-    )
+    parser.add_argument("--env", default="taxi", help=f"{', '.join(ENVS)}, or package.module:Class (default: taxi)")
+    parser.add_argument("--split", default="train", help="split of the task: train, valid or test (default: train)")
     parser.add_argument("--seed", type=int, default=0, help="which task of the split, and the env's seed (default: 0)")
     args = parser.parse_args()
     env = make(args.env)

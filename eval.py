@@ -94,9 +94,7 @@ def rate(figures):
 
 def print_table(rows):
     """The rows as a Markdown table that can be read as it is."""
-    print(
-        f"\nSuccess on the {rows[0]['split']} split, 95% Wilson intervals; failed: ended badly by the environment\n"
-    )
+    print(f"\nSuccess on the {rows[0]['split']} split, 95% Wilson intervals; failed: ended badly by the environment\n")
     lines = [["", "sampled", "interval", "n", "return", "length", "failed", "greedy", "interval", "n"]]
     for r in rows:
         s = r["sampled"]

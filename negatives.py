@@ -60,7 +60,64 @@ def reflect_on_taxi(env, mistake):
     )
 
 
-TEACHERS = {envs.DangerousTaxi: reflect_on_taxi}
+GOALS = {
+    "down": "Next: go down.",
+    "up": "Next: go up.",
+    "read": "Next: read a file here.",
+    "identify": "Next: identify it.",
+    "page": "Next: turn the page.",
+}
+
+
+def reflect_on_exploration(env, mistake=False):
+    """What the question is about, what the last move brought, what fits here, and the next sub-goal.
+
+    `mistake`: whether the last move was not the expert's.
+    """
+    words = list(dict.fromkeys(envs.words_of(env.question)))
+    verb, name = env.moves[env.expert_action()]
+    parts = [f"Wanted: {' '.join(words[:5])}.", *reflect_on_last_move(env, words, mistake)]
+    if verb == "cd" and name != "..":
+        fits = env.matches(name)
+        parts.append(f"{envs.show_name(name)}/ fits {fits[0]}." if fits else "No name here fits.")
+    elif verb == "cat":
+        fits = env.matches(" ".join(env.cwd))
+        parts.append(f"This place fits {fits[0]}." if fits else "It may be here.")
+    elif verb == "cd":
+        parts.append("It is not here.")
+    elif verb == "id" and env.last != ("cat", name):
+        parts.append(f"{envs.show_name(name)} has it.")
+    return " ".join([*parts, GOALS[sub_goal(verb, name)]])
+
+
+def sub_goal(verb, name):
+    if verb == "cd":
+        return "up" if name == ".." else "down"
+    return {"cat": "read", "id": "identify", "more": "page"}[verb]
+
+
+def missing_words(env, words):
+    """Words of the question that neither the file just read nor the path to it has: none if it answers."""
+    known = {envs.stem(word) for word in envs.words_of(" ".join([env.result, *env.cwd]))}
+    return [word for word in words if envs.stem(word) not in known]
+
+
+def reflect_on_last_move(env, words, mistake):
+    verb, name = env.last
+    if verb == "cat":
+        shown = envs.show_name(name)
+        if env.cwd + (name,) in env.targets:
+            return [f"{shown} has {' '.join(env.matches(env.result)[:3])}."]
+        missing = missing_words(env, words)
+        return [f"Mistake: {shown} lacks {' '.join(missing[:2])}." if missing else f"Mistake: {shown} does not answer."]
+    if not mistake:
+        return []
+    if verb == "more":
+        return ["Mistake: it was on another page."]
+    return ["Mistake: it was further down." if name == ".." else f"Mistake: {envs.show_name(name)}/ is the wrong way."]
+
+
+TEACHERS = {envs.DangerousTaxi: reflect_on_taxi, envs.AutoExplore: reflect_on_exploration}
 
 
 def teacher_of(env):
@@ -133,7 +190,7 @@ def make_records(make_env, trajectories, negatives, seed, split="train"):
     tasks = env.tasks(split)
     count = round(trajectories * negatives)
     for number in range(trajectories):
-        options = {"task": rng.choice(tasks)}
+        options = {**getattr(env, "training", {}), "task": rng.choice(tasks)}
         records += trajectory(env, options, number, number < count, rng.getrandbits(32))
     return records
 
@@ -141,6 +198,12 @@ def make_records(make_env, trajectories, negatives, seed, split="train"):
 def write_records(records, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
+
+
+def write_tasks(tasks, path):
+    """Tasks as JSON lines (ASCII, so that file names of any bytes survive), to be mended by hand or by a large model
+    and played with `AutoExplore(questions=path)`."""
+    write_atomically(path, "".join(json.dumps(task) + "\n" for task in tasks))
 
 
 def read_records(path):
@@ -181,7 +244,7 @@ def sft_examples(records, form, labels):
 
 def random_walk(env, rng, length):
     """Random play of at most `length` steps that does not end: `(state, info)`; the environment stays there."""
-    options = {"task": rng.choice(env.tasks("train"))}
+    options = {**getattr(env, "training", {}), "task": rng.choice(env.tasks("train"))}
     if getattr(env, "modes", None):
         options["mode"] = rng.choice(env.modes)
     seed, history = rng.getrandbits(32), []
@@ -242,8 +305,13 @@ def main():
     add_data_options(parser)
     parser.add_argument("--split", default="train", help="split of the tasks (default: train)")
     parser.add_argument("--out", help="JSONL file to write (default: RUNS/ENV-data.jsonl)")
+    parser.add_argument("--tasks", metavar="FILE", help="write the tasks of the split as JSON lines instead")
     args = parse_args(parser)
     check_data_options(args)
+    if args.tasks:
+        tasks = env_factory(args)().tasks(args.split)
+        write_tasks(tasks, args.tasks)
+        return print(f"{args.tasks}: {len(tasks)} tasks of the {args.split} split")
     records = make_records(env_factory(args), args.trajectories, args.negatives, args.seed, args.split)
     out = args.out or f"{args.runs}/{short_name(args.env)}-data.jsonl"
     write_records(records, out)

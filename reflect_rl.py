@@ -503,7 +503,7 @@ def parse_option(text):
 def add_common_options(parser):
     """The options that every script shares: what is played, with what, where results go."""
     group = parser.add_argument_group("environment and model")
-    group.add_argument("--env", default="taxi", help="taxi, or package.module:Class for your own (default: taxi)")
+    group.add_argument("--env", default="taxi", help=f"{', '.join(envs.ENVS)}, or package.module:Class (default: taxi)")
     group.add_argument(
         "--env-option",
         action="append",

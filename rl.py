@@ -443,8 +443,8 @@ def train(args, sft_adapters):
     run, make_env = Path(args.runs) / run_name(args), env_factory(args)
     with lock_run(run) if rank() == 0 else contextlib.nullcontext(), stop_signals() as stopping:
         players, learner, progress = start_run(args, run, sft_adapters)
-        plan = curriculum.schedule(curriculum.stages_of(make_env(), args.curriculum), args.updates)
-        tasks, board = make_env().tasks("train"), tensorboard(run, args)
+        env, board = make_env(), tensorboard(run, args)
+        plan, tasks = curriculum.schedule(curriculum.stages_of(env, args.curriculum), args.updates), env.tasks("train")
         bar = tqdm(
             total=args.updates,
             initial=progress["step"],
@@ -456,7 +456,9 @@ def train(args, sft_adapters):
             stage, began = plan[step], time.perf_counter()
             if stage.name != progress["stage"]:
                 learner.buffer.clear()  # other rewards, other starts: old successes would mislead
-            chosen = random.Random(f"{args.seed}/tasks/{step}").choices(tasks, k=args.episodes // args.group)
+            chosen = random.Random(f"{args.seed}/tasks/{step}").choices(
+                stage.select(tasks), k=args.episodes // args.group
+            )
             chosen = [task for task in chosen for _ in range(args.group)]
             episodes = play_together(players, make_env, chosen, stage.options, args.seed, step * args.episodes)
             batch = make_batch(learner, episodes + replayed(learner, args, step), args)

@@ -310,9 +310,7 @@ def sft_run(args, stages):
         split: negatives.read_records(args.data if args.data and split == "train" else path)
         for split, path in paths.items()
     }
-    print(
-        f"{folder}: {len(data['train'])} steps of {args.trajectories} trajectories, {args.negatives:.0%} perturbed"
-    )
+    print(f"{folder}: {len(data['train'])} steps of {args.trajectories} trajectories, {args.negatives:.0%} perturbed")
     for stage in stages:
         train_stage(stage, args, folder / stage, data["train"], data["valid"])
     return folder
