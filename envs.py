@@ -636,12 +636,15 @@ class ALFWorld(Env):
         names = [goal["object"], goal["target"]] if goal else {kind(t) for c in notes.contents.values() for t in c}
         seen = [f"{notes.title(thing)} ({place})" for name in names for thing, place in notes.where(name).items()]
         here = f"{notes.here} (closed)" if notes.here in notes.shut else notes.here
+        held = notes.title(notes.hand) if notes.hand else "nothing"
+        if goal and notes.hand and kind(notes.hand) != goal["object"]:
+            held += f" (from {notes.origin})"  # the way back, which the expert knows, is for the policy to see, too
         return "\n".join([
             f"Your task is to: {notes.sentence}.",
             f"Not searched: {', '.join(notes.unsearched()) or 'nothing'}.",
             f"Searched: {', '.join(place for place in notes.receptacles if place in notes.contents) or 'nothing'}.",
             f"Seen: {', '.join(seen) or 'nothing'}.",
-            f"In hand: {notes.title(notes.hand) if notes.hand else 'nothing'}.",
+            f"In hand: {held}.",
             f"You are at: {here or 'the middle of the room'}.",
             f"Last action: {notes.command}.",
             notes.observation,
@@ -675,7 +678,7 @@ class ALFWorld(Env):
             raise UserError(f"no search expert for {notes.sentence!r}, which is not one of ALFWorld's templates")
         verb, wanted, target = "take", goal["object"], self.best_target()
         if notes.hand and kind(notes.hand) != wanted:
-            return "drop", notes.hand, notes.origin
+            return "drop", notes.hand, notes.here if f"move {notes.hand} to {notes.here}" in self.actions else notes.origin
         if notes.hand and goal["type"].startswith("look"):
             verb, wanted = "use", goal["target"]
         elif notes.hand and not self.ready(notes.hand):
@@ -874,7 +877,7 @@ class TextWorldGame:
         return sort_lists(self.state.feedback)
 
     def seeded(self, call):
-        """Call the engine with Python's global generator in a fixed state, then restore it: the expert draws from it."""
+        """Call the engine with Python's global generator in a fixed state, then restore it: the expert uses it."""
         before = random.getstate()
         random.seed(0)
         try:
