@@ -583,6 +583,8 @@ class ALFWorld(Env):
         if expert not in ("search", "planner", "handcoded"):
             raise UserError(f"unknown expert {expert!r} of ALFWorld: one of search, planner, handcoded")
         self.games = None if games is None else find_games(games)
+        if games:
+            import_alfworld()  # better to miss it now than after the training
         self.expert, self.size, self.default_milestone = expert, size, milestone
         self.horizon = horizon or (50 if games else 30 * size)  # 50 is what ALFWorld's authors use
         self.rng = random.Random()
@@ -678,7 +680,8 @@ class ALFWorld(Env):
             raise UserError(f"no search expert for {notes.sentence!r}, which is not one of ALFWorld's templates")
         verb, wanted, target = "take", goal["object"], self.best_target()
         if notes.hand and kind(notes.hand) != wanted:
-            return "drop", notes.hand, notes.here if f"move {notes.hand} to {notes.here}" in self.actions else notes.origin
+            fits_here = f"move {notes.hand} to {notes.here}" in self.actions
+            return "drop", notes.hand, notes.here if fits_here else notes.origin
         if notes.hand and goal["type"].startswith("look"):
             verb, wanted = "use", goal["target"]
         elif notes.hand and not self.ready(notes.hand):
@@ -788,7 +791,10 @@ def household_tasks(split, count, size):
     return tasks
 
 
-# Game files and the real engine: everything below needs `pip install alfworld`, and says so.
+# Game files and the real engine: everything from here to the end of ALFWorld needs the optional package.
+
+ALFWORLD_PIN = "alfworld==0.4.2 textworld==1.7.0"
+
 
 def import_alfworld():
     """The parts of the optional `alfworld` package that we use, after a check of its version."""
@@ -799,9 +805,9 @@ def import_alfworld():
         from alfworld.agents.environment import alfred_tw_env
         from alfworld.gen import goal_library
     except ImportError as error:  # PackageNotFoundError is one
-        raise UserError(f"real ALFWorld games need alfworld ({error}): pip install alfworld==0.4.2") from None
+        raise UserError(f"real ALFWorld games need alfworld ({error}): pip install {ALFWORLD_PIN}") from None
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (0, 4):
-        raise UserError(f"alfworld {version} is too old (it says `put`, not `move`): pip install alfworld==0.4.2")
+        raise UserError(f"alfworld {version} is too old (it says `put`, not `move`): pip install {ALFWORLD_PIN}")
     return types.SimpleNamespace(textworld=textworld, info=info, tw=alfred_tw_env, goals=goal_library.gdict)
 
 
@@ -809,23 +815,23 @@ def find_games(path):
     """The tasks of a directory of real games, `{split: [task]}`, found by their `game.tw-pddl` in sorted order.
 
     A folder named train, valid (or valid_seen), test (or valid_unseen) on the way to a game names its split, as in the
-    official data; without one a game belongs to the test split. Games marked unsolvable are left out, with a message.
+    official data; without one a game belongs to the test split. What ALFWorld itself leaves out (unsolvable games, and
+    those with slices or movable receptacles) is left out here, and named.
     """
     root, folders = pathlib.Path(path), {"valid_seen": "valid", "valid_unseen": "test"}
     files = [root] if root.is_file() else sorted(root.rglob("*.tw-pddl"))
     if not files:
         raise UserError(f"no game file (*.tw-pddl) in {str(path)!r}")
-    games, unsolvable = {"train": [], "valid": [], "test": []}, []
+    games, left_out = {"train": [], "valid": [], "test": []}, []
     for file in files:
         names = [folders.get(name, name) for name in file.relative_to(root).parts]
-        data = read_json(file)
-        if data.get("solvable", True):
-            task = {"type": traj_data(file).get("task_type", "unknown"), "game": str(file)}
-            games[next((name for name in names if name in games), "test")].append(task)
-        else:
-            unsolvable.append(str(file))
-    if unsolvable:
-        print(f"note: {len(unsolvable)} games marked unsolvable left out: {', '.join(unsolvable)}", file=sys.stderr)
+        if not read_json(file).get("solvable", True) or re.search("movable|Sliced", " ".join(names)):
+            left_out.append(str(file))
+            continue
+        task = {"type": traj_data(file).get("task_type", "unknown"), "game": str(file)}
+        games[next((name for name in names if name in games), "test")].append(task)
+    if left_out:
+        print(f"note: {len(left_out)} games that ALFWorld leaves out: {', '.join(left_out)}", file=sys.stderr)
     return games
 
 
@@ -853,7 +859,11 @@ def goal_beside(file):
 
 
 class TextWorldGame:
-    """The real engine behind the interface of `House`: one game file, played by TextWorld."""
+    """The real engine behind the interface of `House`: one game file, played by TextWorld.
+
+    Experts: `planner` knows the whole room and is optimal; `handcoded` is ALFWorld's own heuristic (in 0.4.2 it still
+    waits for the word `put` and mostly fails to place two objects); `search` is ours and needs nothing from here.
+    """
 
     def __init__(self, task, expert="search"):
         self.task, self.expert = task, expert
@@ -869,21 +879,22 @@ class TextWorldGame:
         self.env = alf.textworld.start(task["game"], request_infos=wanted, wrappers=wrappers)
 
     def reset(self):
-        self.state = self.seeded(self.env.reset)
-        return sort_lists(self.state.feedback)
+        self.rng = random.Random(0)
+        return self.play(self.env.reset)
 
     def do(self, command):
-        self.state, _, _ = self.seeded(lambda: self.env.step(command))
-        return sort_lists(self.state.feedback)
+        return self.play(lambda: self.env.step(command)[0])
 
-    def seeded(self, call):
-        """Call the engine with Python's global generator in a fixed state, then restore it: the expert uses it."""
+    def play(self, call):
+        """Call the engine with `random` in a state of our own: the hand-coded expert draws from the global one."""
         before = random.getstate()
-        random.seed(0)
+        random.setstate(self.rng.getstate())
         try:
-            return call()
+            self.state = call()
         finally:
+            self.rng.setstate(random.getstate())
             random.setstate(before)
+        return sort_lists(self.state.feedback)
 
     def commands(self):
         return [command for command in self.state.admissible_commands if command != "help"]
@@ -892,7 +903,7 @@ class TextWorldGame:
         plan = self.state["extra.expert_plan"]
         if not plan:
             raise RuntimeError(f"the {self.expert} expert has no plan in this state of {self.task['game']}")
-        return plan[0]
+        return "look" if plan[0] == "help" else plan[0]  # the hand-coded one, at a loss, draws any admissible command
 
     @property
     def won(self):

@@ -42,14 +42,16 @@ def whereabouts(env):
 def errand(env):
     """The next sub-goal in words."""
     verb, thing, place = env.subgoal()
-    name, room = envs.kind(thing), env.notes
+    name = envs.kind(thing)
     if verb == "find":
         homes = envs.homes_of(name)
-        left = dict.fromkeys(envs.kind(other) for other in envs.likely(name, room.unsearched()))
+        left = dict.fromkeys(envs.kind(other) for other in envs.likely(name, env.notes.unsearched()))
         hints = [home for home in left if home in homes][:2]
         return f"find the {name}, perhaps in a {' or a '.join(hints)}" if hints else f"find the {name} in another place"
+    if verb in envs.STATIONS:
+        return f"{verb} the {name} at the {envs.kind(place)}"
     return {"take": f"get the {name}", "drop": f"put down the {name}", "use": f"light the {name} in {place}",
-            "place": f"bring the {name} to the {env.goal['target']}"}.get(verb, f"{verb} the {name} at the {envs.kind(place)}")
+            "place": f"bring the {name} to the {env.goal['target']}"}[verb]
 
 
 def reflect_on_household(env, mistake):
