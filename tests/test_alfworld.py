@@ -117,7 +117,7 @@ def test_what_expert_and_teacher_do_is_a_function_of_the_state():
         assert reflections.setdefault(state, reflection) == reflection, state
         assert tokens(reflection) <= 46, reflection
 
-    for seed, task in enumerate(env.tasks("train")[::2]):
+    for seed, task in enumerate(env.tasks("train")[::4]):
         play(env, task, seed, noise=0.25 * (seed % 2), look=look)
 
 
@@ -193,6 +193,19 @@ def test_descriptions_are_true():
     assert checked > 100
 
 
+def test_games_are_found_in_order_by_split_and_none_is_left_out_silently(tmp_path, capsys):
+    for name in ("train/b", "train/a", "valid_seen/c", "valid_unseen/d", "e", "train/unsolvable", "train/movable-f"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "game.tw-pddl").write_text(json.dumps({"solvable": "unsolvable" not in name}))
+    games = envs.find_games(tmp_path)
+    found = {split: [pathlib.Path(task["game"]).parent.name for task in tasks] for split, tasks in games.items()}
+    assert found == {"train": ["a", "b"], "valid": ["c"], "test": ["e", "d"]}
+    assert "2 games" in capsys.readouterr().err
+    (tmp_path / "e" / "game.tw-pddl").write_text("{")
+    with pytest.raises(envs.UserError, match="cannot read"):
+        envs.find_games(tmp_path)
+
+
 def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "textworld", None)
     with pytest.raises(envs.UserError, match="pip install alfworld"):
@@ -250,9 +263,9 @@ def test_parity_with_the_real_engine(games):
 
 
 def test_parity_of_treatments(games):
-    """Random play rarely treats one thing twice; here everything is done to one object, and examined after each step."""
-    wanted = (item for item in games.items() if "heat" in item[1]["type"] and item[1]["object"] == "tomato")
-    path, task = next(wanted)
+    """Random play rarely treats one thing twice; here all is done to one object, and examined after each step."""
+    treatable = ("tomato", "apple", "potato", "egg")
+    path, task = next(item for item in games.items() if "heat" in item[1]["type"] and item[1]["object"] in treatable)
     house, real = envs.House(task), envs.TextWorldGame({"game": path})
     house.reset(), real.reset()
     thing, place = next(item for item in house.places.items() if envs.kind(item[0]) == task["object"])
@@ -284,6 +297,14 @@ def test_the_same_class_plays_the_real_engine(games):
             assert step == ours.step(action)
             over = step[2] or step[3]
         assert real.success
+
+
+def test_a_missing_game_and_a_real_task_to_write_are_user_errors(games, tmp_path):
+    env = envs.make("alfworld", games=next(iter(games)))
+    for call in (lambda: env.reset(options={"task": {"game": str(tmp_path / "game.tw-pddl")}}),
+                 lambda: envs.write_game(env.tasks("test")[0], tmp_path)):
+        with pytest.raises(envs.UserError):
+            call()
 
 
 @pytest.mark.parametrize("expert", ["planner", "handcoded"])
