@@ -703,21 +703,21 @@ class ALFWorld(Env):
         return max(places, key=done.count, default=None)
 
     def expert_command(self):
-        """The next command of a sensible person who knows only what was shown: searches likely places in order."""
-        notes = self.notes
+        """The next command of a sensible person who knows only what was shown: searches likely places in order.
+
+        It is the first admissible one of what it takes, last step first. (Official rooms have places side by side:
+        there one can use the second from the first, and cannot go to it.)
+        """
         verb, thing, place = self.subgoal()
         if verb == "find":
-            left = likely(thing, notes.unsearched())
-            if notes.here in left:
-                return f"open {notes.here}"
-            return f"go to {left[0]}" if left else "look"
-        if notes.here != place:
-            return f"go to {place}"
-        if verb in ("take", "place", "drop") and place in notes.shut:
-            return f"open {place}"
-        if verb in ("place", "drop"):
-            return f"move {thing} to {place}"
-        return {"use": f"use {thing}", "take": f"take {thing} from {place}"}.get(verb, f"{verb} {thing} with {place}")
+            left = likely(thing, self.notes.unsearched())
+            place = self.notes.here if self.notes.here in left else next(iter(left), None)
+            wishes = [f"open {place}", f"go to {place}", f"examine {place}", "look"]
+        else:
+            steps = {"use": f"use {thing}", "take": f"take {thing} from {place}"}
+            steps |= dict.fromkeys(("place", "drop"), f"move {thing} to {place}")
+            wishes = [steps.get(verb, f"{verb} {thing} with {place}"), f"open {place}", f"go to {place}"]
+        return next((wish for wish in wishes if wish in self.actions), wishes[-1])
 
     def expert_action(self):
         command = self.expert_command() if self.expert == "search" else self.house.expert_command()

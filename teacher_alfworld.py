@@ -21,11 +21,13 @@ def useless(env):
     if verb in envs.STATIONS:
         return verb != envs.treatment(env.goal["type"])
     if verb in ("go", "open") and place:
-        return notes.here != place
+        return not notes.command.endswith(f" {place}")
     if verb == "go":  # an unlikely place, where a likely one was still to be searched
         likely = envs.homes_of(thing)
         return here not in likely and any(envs.kind(other) in likely for other in notes.unsearched())
-    return verb in ("look", "inventory", "examine", "close", "use") and not env.success
+    if verb == "examine":  # another place than here can be examined where two are side by side: that is a search
+        return notes.command.removeprefix("examine ") in (notes.here, notes.hand)
+    return verb in ("look", "inventory", "close", "use") and not env.success
 
 
 def whereabouts(env):
