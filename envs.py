@@ -1,4 +1,4 @@
-"""Text environments: the contract, DangerousTaxi and AutoExplore.
+"""Text environments: the contract, DangerousTaxi, AutoExplore, ALFWorld.
 
 An agent reads a `state` (text), picks one of `info["actions"]` (a tuple of texts) by its index, and gets a
 reward. The signature is Gymnasium's, without the dependency:
@@ -15,13 +15,17 @@ paper does not give its map text; ours is Taxi-v3's own with five letters laid o
 AutoExplore (section 5.1): walk through a directory tree to the file that answers a question. Deviations: the tree is
 read into memory once, and nothing is executed or written; the state shows what has been seen here, not all history.
 
-    python envs.py --env taxi              # play it by hand; or autoexplore
+ALFWorld (section 5.3) is played on a built-in engine that speaks its language on rooms drawn from a seed, or on the
+real one. Deviation: the state is not the history but notes of it (see `ALFWorld`), so that it repeats and stays short.
+
+    python envs.py --env taxi              # play it by hand; or autoexplore, alfworld
 """
 
 import argparse
 import collections
 import functools
 import importlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -29,6 +33,8 @@ import pathlib
 import random
 import re
 import sys
+import types
+import zlib
 
 
 class UserError(Exception):
@@ -939,9 +945,796 @@ class AutoExplore(Env):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# ALFWorld
+
+STATIONS = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}  # verb -> the receptacle that does it
+TRAITS = {"clean": "clean", "heat": "hot", "cool": "cool"}  # verb -> what the object is afterwards
+THING = r"[a-z]+ \d+"
+
+
+@functools.cache
+def household():
+    """The tables of data/alfworld.json in lower case (names as the game shows them), and `camel`: the names in PDDL."""
+    text = (pathlib.Path(__file__).parent / "data" / "alfworld.json").read_text(encoding="utf-8")
+    return json.loads(text.lower()) | {"camel": {name.lower(): name for name in re.findall(r'"([A-Z]\w+)"', text)}}
+
+
+def kind(thing):
+    """`tomato` of `tomato 1`."""
+    return thing.split()[0]
+
+
+def in_order(things):
+    """Sorted by name, then by number: `shelf 2` before `shelf 10`."""
+    return sorted(things, key=lambda thing: (kind(thing), int(thing.split()[1])))
+
+
+def listing(things):
+    """ALFWorld's enumeration. It prints in the order of a Python set; ours is sorted."""
+    words = [f"a {thing}" for thing in in_order(things)]
+    return "nothing" if not words else words[0] if len(words) == 1 else ", ".join(words[:-1]) + ", and " + words[-1]
+
+
+def sort_lists(observation):
+    """An observation of the real engine with its enumerations in our order: theirs changes with PYTHONHASHSEED."""
+    several = rf"a {THING}(?:,(?: and)? a {THING})+"
+    return re.sub(several, lambda match: listing(re.findall(rf"a ({THING})", match[0])), observation)
+
+
+def goal_of(sentence):
+    """`{"type", "object", "target"}` of a task sentence in ALFWorld's templates, None for free text. The target of
+    `look_at_obj_in_light` is the lamp."""
+    for name, templates in household()["sentences"].items():
+        for template in templates:
+            pattern = template.format(object=r"(?P<object>\w+)", target=r"(?P<target>\w+)")
+            if match := re.fullmatch(pattern, sentence):
+                return {"type": name, **match.groupdict()}
+    return None
+
+
+def treatment(type_name):
+    """The verb of a task type (`clean`, `heat`, `cool`), or None."""
+    return next((verb for verb in STATIONS if f"_{verb}_" in type_name), None)
+
+
+def combinations(type_name):
+    """All `(room, object, target)` that make a sensible task of a type, in the order of the tables."""
+    tables, verb, found = household(), treatment(type_name), []
+    for room, homes in tables["homes"].items():
+        lamps = [thing for thing in homes if thing.endswith("lamp")]
+        targets = lamps if type_name.startswith("look") else tables["rooms"][room]
+        for thing in (thing for thing in homes if thing not in lamps):
+            if verb and (thing not in tables[verb + "able"] or STATIONS[verb] not in tables["rooms"][room]):
+                continue
+            found += [
+                (room, thing, target)
+                for target in targets
+                if target in lamps or (thing in tables["holds"][target] and target != STATIONS.get(verb))
+            ]
+    return found
+
+
+def draw_receptacles(task, rng):
+    """Names of the receptacles of a room: 6 to 10 (times `size`), among them the target and a home of the object."""
+    tables, size = household(), task.get("size", 1)
+    homes = tables["homes"][task["room"]]
+    needed = set(homes.get(task["target"], [task["target"]]))  # a lamp needs a place of its own
+    start = set(homes[task["object"]]) - {task["target"]}
+    while True:
+        names = []
+        for name, (low, high) in tables["rooms"][task["room"]].items():
+            count = rng.randint(low, high if low == high else high * size)
+            names += [f"{name} {number}" for number in range(1, count + 1)]
+        kinds = {kind(name) for name in names}
+        if 6 * size <= len(names) <= 10 * size and kinds & needed and kinds & start:
+            return names
+
+
+@functools.lru_cache(maxsize=4096)
+def furnish(key):
+    """The room of a task (as sorted JSON): `(receptacles, {object: receptacle})`, drawn from its seed. Objects lie
+    where such objects are kept, at most four in one place; those that the task asks for never start at its target."""
+    task, rng = json.loads(key), random.Random(key)
+    receptacles = draw_receptacles(task, rng)
+    homes, places = household()["homes"][task["room"]], {}
+
+    def place(thing, count):
+        for number in range(1, count + 1):
+            free = [
+                r
+                for r in receptacles
+                if kind(r) in homes[thing]
+                and list(places.values()).count(r) < 4
+                and not (thing == task["object"] and kind(r) == task["target"])
+            ]
+            if free:
+                places[f"{thing} {number}"] = rng.choice(free)
+
+    place(task["object"], (2 if "two" in task["type"] else 1) + (rng.random() < 0.3))
+    if task["target"] in homes:
+        place(task["target"], 1)
+    for thing in rng.sample(sorted(homes), len(homes)):
+        if thing not in (task["object"], task["target"]) and len(places) < 9 * task.get("size", 1):
+            place(thing, rng.choice((1, 1, 2)))
+    return receptacles, places
+
+
+def room_of(task):
+    """`furnish` for a task that is checked, whatever else (such as `combination`) its dictionary carries."""
+    wanted = {name: task.get(name) for name in ("type", "room", "object", "target", "seed")}
+    wanted["size"] = task.get("size", 1)
+    allowed = combinations(wanted["type"]) if wanted["type"] in household()["sentences"] else ()
+    if (wanted["room"], wanted["object"], wanted["target"]) not in allowed or not isinstance(wanted["seed"], int):
+        raise UserError(f"not a household task: {task!r} (envs.combinations lists what a type allows)")
+    return furnish(json.dumps(wanted, sort_keys=True))
+
+
+class House:
+    """The built-in engine: ALFWorld's rules and sentences (its `alfred.pddl` and `alfred.twl2`) for one room.
+
+    Left out: `help`, `slice` and things inside bowls. Parity with the real engine, command by command, is a test.
+    """
+
+    def __init__(self, task):
+        self.task = task
+        self.receptacles, self.start = room_of(task)
+        templates = household()["sentences"][task["type"]]
+        self.sentence = templates[task["seed"] % len(templates)].format(**task)
+
+    def reset(self):
+        self.places = dict(self.start)  # object -> receptacle; what the agent holds is in no place
+        self.here = self.hand = None
+        self.opened, self.lit, self.traits = set(), set(), {thing: set() for thing in self.start}
+        return (
+            "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking quickly around you, "
+            f"you see {listing(self.receptacles)}.\n\nYour task is to: {self.sentence}."
+        )
+
+    def inside(self, receptacle):
+        return [thing for thing, place in self.places.items() if place == receptacle]
+
+    def shut(self, receptacle):
+        return kind(receptacle) in household()["openable"] and receptacle not in self.opened
+
+    def commands(self):
+        """The admissible commands, sorted as the real engine sorts them."""
+        here, hand, tables = self.here, self.hand, household()
+        found = {"look", "inventory"} | {f"go to {name}" for name in self.receptacles if name != here}
+        found |= {f"examine {hand}"} if hand else set()  # in hand only: alfred.pddl's examineObject has a stray comma
+        if here:
+            found |= {f"examine {here}"} | {f"use {thing}" for thing in self.inside(here) if "lamp" in thing}
+            if kind(here) in tables["openable"]:
+                found.add(f"{'open' if self.shut(here) else 'close'} {here}")
+            if hand:
+                found |= {
+                    f"{verb} {hand} with {here}"
+                    for verb, station in STATIONS.items()
+                    if kind(here) == station and kind(hand) in tables[verb + "able"]
+                }
+        if here and not self.shut(here):
+            if not hand:
+                found |= {f"take {thing} from {here}" for thing in self.inside(here) if "lamp" not in thing}
+            elif kind(hand) in tables["holds"][kind(here)]:
+                found.add(f"move {hand} to {here}")
+        return sorted(found)
+
+    def do(self, command):
+        """Carry out a command; the observation. What is not admissible changes nothing, as in ALFWorld."""
+        if command not in self.commands():
+            return "Nothing happens."
+        verb, things = command.split()[0], re.findall(THING, command)
+        return self.do_treat(verb, *things) if verb in STATIONS else getattr(self, "do_" + verb)(*things)
+
+    def do_look(self):
+        if self.here:
+            return f"You are facing the {self.here}. Next to it, you see nothing."
+        return "You are in the middle of a room. Looking quickly around you, you see nothing."
+
+    def do_inventory(self):
+        return f"You are carrying: a {self.hand}." if self.hand else "You are not carrying anything."
+
+    def do_examine(self, thing):
+        if thing == self.hand:
+            return self.examine_hand()
+        if self.shut(thing):
+            return f"The {thing} is closed."
+        start = f"The {thing} is open. In it" if thing in self.opened else f"On the {thing}"
+        return f"{start}, you see {listing(self.inside(thing))}."
+
+    def examine_hand(self):
+        thing, traits = self.hand, self.traits[self.hand]
+        if kind(thing) in household()["containers"]:
+            return f"This is a normal {thing}. In it, you see nothing."
+        if not traits:
+            return f"There's nothing special about {thing}."
+        words = "cold" if traits == {"cool"} else " and ".join(w for w in ("hot", "cool", "clean") if w in traits)
+        return f"This is a {words} {thing}."
+
+    def do_go(self, receptacle):
+        self.here = receptacle
+        return f"You arrive at {receptacle}. {self.do_examine(receptacle)}"
+
+    def do_open(self, receptacle):
+        self.opened.add(receptacle)
+        return f"You open the {receptacle}. {self.do_examine(receptacle)}"
+
+    def do_close(self, receptacle):
+        self.opened.discard(receptacle)
+        return f"You close the {receptacle}."
+
+    def do_take(self, thing, receptacle):
+        self.hand = thing
+        del self.places[thing]
+        return f"You pick up the {thing} from the {receptacle}."
+
+    def do_move(self, thing, receptacle):
+        self.hand = None
+        self.places[thing] = receptacle
+        return f"You move the {thing} to the {receptacle}."
+
+    def do_use(self, lamp):
+        self.lit.add(lamp)  # ALFWorld's goal asks whether a lamp was ever used, so a second `use` says the same
+        return f"You turn on the {lamp}."
+
+    def do_treat(self, verb, thing, receptacle):
+        if verb != "clean":
+            self.traits[thing] -= {"hot", "cool"}
+        self.traits[thing].add(TRAITS[verb])
+        return f"You {verb} the {thing} using the {receptacle}."
+
+    @property
+    def won(self):
+        goal, trait = self.task, TRAITS.get(treatment(self.task["type"]))
+        if goal["type"].startswith("look"):  # the lamp was used, the agent is beside it, the object in hand
+            lit = [lamp for lamp in self.lit if kind(lamp) == goal["target"] and self.places[lamp] == self.here]
+            return bool(lit and self.hand) and kind(self.hand) == goal["object"]
+        done = [
+            place
+            for thing, place in self.places.items()
+            if kind(thing) == goal["object"]
+            and kind(place) == goal["target"]
+            and (trait is None or trait in self.traits[thing])
+        ]
+        return any(done.count(place) >= (2 if "two" in goal["type"] else 1) for place in done)
+
+    def close(self):
+        pass
+
+
+class Notes:
+    """What an agent in a house knows: read off ALFWorld's sentences, so it is the same on both engines."""
+
+    def __init__(self, opening):
+        room, _, task = opening.partition("Your task is to: ")
+        self.sentence = task.strip().removesuffix(".")
+        self.receptacles = in_order(re.findall(rf"a ({THING})", room))
+        self.contents = {}  # receptacle -> objects last seen there; a receptacle that was never looked into is missing
+        self.shut, self.lit, self.traits = set(), set(), {}
+        self.here = self.hand = self.origin = None
+        self.command, self.observation = "none", "You are in the middle of a room."
+
+    def update(self, command, observation):
+        """Take in what a command did."""
+        self.command, self.observation = command, observation
+        for pattern, learn in self.sentences.items():
+            if match := re.search(pattern, observation):
+                learn(self, *match.groups())
+
+    def see(self, receptacle, things):
+        self.contents[receptacle] = re.findall(rf"a ({THING})", things)
+        self.shut.discard(receptacle)
+
+    def take(self, thing, receptacle):
+        self.hand, self.origin = thing, receptacle
+        if thing in self.contents.get(receptacle, ()):
+            self.contents[receptacle].remove(thing)
+
+    def put(self, thing, receptacle):
+        self.hand = None
+        self.contents.setdefault(receptacle, []).append(thing)
+
+    def treat(self, verb, thing):
+        gone = set() if verb == "clean" else {"hot", "cool"}
+        self.traits[thing] = self.traits.get(thing, set()) - gone | {TRAITS[verb]}
+
+    sentences = {
+        rf"You arrive at ({THING})\.": lambda self, place: setattr(self, "here", place),
+        rf"(?:On the |The )({THING})(?: is open\. In it)?, you see (.*)\.": see,
+        rf"The ({THING}) is closed\.": lambda self, place: self.shut.add(place),
+        rf"You close the ({THING})\.": lambda self, place: self.shut.add(place),
+        rf"You pick up the ({THING}) from the ({THING})\.": take,
+        rf"You move the ({THING}) to the ({THING})\.": put,
+        rf"You (clean|heat|cool) the ({THING}) using": treat,
+        rf"You turn on the ({THING})\.": lambda self, lamp: self.lit.add(lamp),
+    }
+
+    def unsearched(self):
+        return [place for place in self.receptacles if place not in self.contents]
+
+    def where(self, name):
+        """`{object: receptacle}` of all objects of a kind that were seen and are still there."""
+        return {
+            thing: place
+            for place in self.receptacles
+            for thing in in_order(self.contents.get(place, ()))
+            if kind(thing) == name
+        }
+
+    def title(self, thing):
+        """An object with what was done to it: `clean hot tomato 1`, `lit desklamp 1`."""
+        return " ".join(["lit"] * (thing in self.lit) + sorted(self.traits.get(thing, ())) + [thing])
+
+
+def homes_of(name):
+    """The kinds of receptacle where an object is kept in any room, most usual first."""
+    return list(dict.fromkeys(home for table in household()["homes"].values() for home in table.get(name, ())))
+
+
+def likely(name, places):
+    """`places` in the order in which one would look for an object: where it is usually kept, then the rest."""
+    rank = {home: number for number, home in enumerate(homes_of(name))}
+    return sorted(places, key=lambda place: rank.get(kind(place), len(rank)))  # stable: keeps the order of the names
+
+
+class ALFWorld(Env):
+    """Household tasks in ALFWorld's language, on the built-in engine or, with `games=PATH`, on the real one.
+
+    A task is `{"type", "room", "object", "target", "seed"}` (and `size`; `combination` says whether the train split
+    has this object and target for this type), or `{"game": path of a game.tw-pddl}`. The state is not the history:
+    it is the task, what was searched and found so far, what is in hand, and the last command with its observation.
+    Reward: 1 when the task is done, -0.01 a step, and `milestone` for each of found, taken, treated, placed, once.
+    Horizon 30: the expert, who has to search, needs 7.6 steps on average and 15 at most by default.
+    """
+
+    counts = {"train": 300, "valid": 10, "test": 20}  # tasks of each of the six types
+    milestones = ("found", "taken", "treated", "placed")
+
+    def __init__(self, games=None, expert="search", milestone=0.0, horizon=None, size=1):
+        if expert != "search" and not games:
+            raise UserError(f"expert {expert!r} of ALFWorld needs real games: give games=PATH too")
+        if expert not in ("search", "planner", "handcoded"):
+            raise UserError(f"unknown expert {expert!r} of ALFWorld: one of search, planner, handcoded")
+        self.games = None if games is None else find_games(games)
+        if games:
+            import_alfworld()  # better to miss it now than after the training
+        self.expert, self.size, self.default_milestone = expert, size, milestone
+        self.horizon = horizon or (50 if games else 30 * size)  # 50 is what ALFWorld's authors use
+        self.rng = random.Random()
+        self.house, self.done = None, True
+
+    def tasks(self, split):
+        if split not in self.counts:
+            raise UserError(f"unknown split {split!r}: one of {', '.join(self.counts)}")
+        if self.games is None:
+            return [dict(task) for task in household_tasks(split, self.counts[split], self.size)]
+        if not self.games[split]:
+            raise UserError(
+                f"no game of split {split!r} in the games directory: there are "
+                + ", ".join(f"{len(found)} of split {name}" for name, found in self.games.items())
+            )
+        return list(self.games[split])
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.rng = random.Random(seed)
+        self.milestone = (options or {}).get("milestone", self.default_milestone)
+        task = task_of(self, options)
+        if not isinstance(task, dict):
+            raise UserError(f"a task of ALFWorld is a dictionary with a type or a game, not {task!r}")
+        if self.house is None or self.house.task != task:
+            if self.house:
+                self.house.close()
+            self.house = TextWorldGame(task, self.expert) if "game" in task else House(task)
+        self.notes = Notes(self.house.reset())
+        self.goal = goal_of(self.notes.sentence) or getattr(self.house, "goal", None)
+        self.steps, self.done, self.success, self.reached = 0, False, False, set()
+        self.reached = self.passed()  # what holds at the start is not an achievement
+        self.actions = tuple(self.house.commands())
+        return self.render(), self.info()
+
+    def step(self, action):
+        check_action(self, action, self.actions)
+        self.notes.update(self.actions[action], self.house.do(self.actions[action]))
+        self.actions, self.success = tuple(self.house.commands()), self.house.won
+        new = self.passed() - self.reached
+        self.reached |= new
+        self.steps += 1
+        truncated = not self.success and self.steps >= self.horizon
+        self.done = self.success or truncated
+        reward = float(self.success) - 0.01 + self.milestone * len(new)
+        return self.render(), reward, self.success, truncated, self.info()
+
+    def info(self):
+        return {"actions": self.actions, "success": self.success, "milestones": tuple(sorted(self.reached))}
+
+    def render(self):
+        notes, goal = self.notes, self.goal
+        names = [goal["object"], goal["target"]] if goal else {kind(t) for c in notes.contents.values() for t in c}
+        seen = [f"{notes.title(thing)} ({place})" for name in names for thing, place in notes.where(name).items()]
+        here = f"{notes.here} (closed)" if notes.here in notes.shut else notes.here
+        held = notes.title(notes.hand) if notes.hand else "nothing"
+        if goal and notes.hand and kind(notes.hand) != goal["object"]:
+            held += f" (from {notes.origin})"  # the way back, which the expert knows, is for the policy to see, too
+        return "\n".join(
+            [
+                f"Your task is to: {notes.sentence}.",
+                f"Not searched: {', '.join(notes.unsearched()) or 'nothing'}.",
+                f"Searched: {', '.join(place for place in notes.receptacles if place in notes.contents) or 'nothing'}.",
+                f"Seen: {', '.join(seen) or 'nothing'}.",
+                f"In hand: {held}.",
+                f"You are at: {here or 'the middle of the room'}.",
+                f"Last action: {notes.command}.",
+                notes.observation,
+            ]
+        )
+
+    def ready(self, thing):
+        """Whether an object has had the treatment that the task asks for."""
+        verb = treatment(self.goal["type"])
+        return verb is None or TRAITS[verb] in self.notes.traits.get(thing, ())
+
+    def passed(self):
+        """The milestones that hold now, as far as the agent can know; `treated` is having seen the lamp in its task."""
+        if self.goal is None:
+            return set()
+        notes, name, target = self.notes, self.goal["object"], self.goal["target"]
+        places = notes.where(name)
+        taken = bool(notes.hand) and kind(notes.hand) == name
+        treated = treatment(self.goal["type"]) and taken and self.ready(notes.hand)
+        if self.goal["type"].startswith("look"):
+            treated = notes.where(target)
+        placed = any(kind(place) == target and self.ready(thing) for thing, place in places.items())
+        return {m for m, holds in zip(self.milestones, (places or taken, taken, treated, placed), strict=True) if holds}
+
+    def subgoal(self):
+        """What is to be done next, from what was seen: `(verb, thing, place)`.
+
+        Verbs: `find` (a kind, no place), `take`, `drop` (what is in the way), `clean`, `heat`, `cool`, `place`, `use`.
+        """
+        notes, goal = self.notes, self.goal
+        if goal is None:
+            raise UserError(f"no search expert for {notes.sentence!r}, which is not one of ALFWorld's templates")
+        verb, wanted, target = "take", goal["object"], self.best_target()
+        if notes.hand and kind(notes.hand) != wanted:
+            fits_here = f"move {notes.hand} to {notes.here}" in self.actions
+            return "drop", notes.hand, notes.here if fits_here else notes.origin
+        if notes.hand and goal["type"].startswith("look"):
+            verb, wanted = "use", goal["target"]
+        elif notes.hand and not self.ready(notes.hand):
+            verb = treatment(goal["type"])
+            return verb, notes.hand, f"{STATIONS[verb]} 1"
+        elif notes.hand:
+            return "place", notes.hand, target
+        found = {t: place for t, place in notes.where(wanted).items() if place != target or not self.ready(t)}
+        if not found:
+            return "find", wanted, None
+        thing = min(found, key=lambda t: (found[t] != notes.here, not notes.traits.get(t)))  # here, or already treated
+        return verb, thing, found[thing]
+
+    def best_target(self):
+        """The receptacle to bring things to: the one that holds most of them already, else the first of its kind."""
+        done = [place for thing, place in self.notes.where(self.goal["object"]).items() if self.ready(thing)]
+        places = [place for place in self.notes.receptacles if kind(place) == self.goal["target"]]
+        return max(places, key=done.count, default=None)
+
+    def expert_command(self):
+        """The next command of a sensible person who knows only what was shown: searches likely places in order.
+
+        It is the first admissible one of what it takes, last step first. (Official rooms have places side by side:
+        there one can use the second from the first, and cannot go to it.)
+        """
+        verb, thing, place = self.subgoal()
+        if verb == "find":
+            left = likely(thing, self.notes.unsearched())
+            place = self.notes.here if self.notes.here in left else next(iter(left), None)
+            wishes = [f"open {place}", f"go to {place}", f"examine {place}", "look"]
+        else:
+            steps = {"use": f"use {thing}", "take": f"take {thing} from {place}"}
+            steps |= dict.fromkeys(("place", "drop"), f"move {thing} to {place}")
+            wishes = [steps.get(verb, f"{verb} {thing} with {place}"), f"open {place}", f"go to {place}"]
+        return next((wish for wish in wishes if wish in self.actions), wishes[-1])
+
+    def expert_action(self):
+        command = self.expert_command() if self.expert == "search" else self.house.expert_command()
+        if command not in self.actions:
+            raise RuntimeError(f"the expert asks for {command!r}, which is not admissible here:\n{self.render()}")
+        return self.actions.index(command)
+
+    def describe(self):
+        notes, goal = self.notes, self.goal
+        facts = [
+            f"You are at {notes.here or 'the middle of the room'}.",
+            f"In hand is {notes.title(notes.hand) if notes.hand else 'nothing'}.",
+            f"{len(notes.unsearched())} places are not searched.",
+        ]
+        if notes.here and kind(notes.here) in household()["openable"]:
+            facts.append(f"{notes.here} is {'closed' if notes.here in notes.shut else 'open'}.")
+        for place in notes.receptacles:
+            things = notes.contents.get(place)
+            if things is None:
+                facts.append(f"{place} is not searched.")
+            elif place == notes.here and place not in notes.shut:
+                facts.append(f"On {place} there is {', '.join(in_order(things)) or 'nothing'}.")
+            else:
+                facts.append(f"{place} is searched.")
+        facts += self.describe_goal() if goal else []
+        return [re.fullmatch(r"(.*? (?:is|are|be|was))( .*)", fact).groups() for fact in facts]
+
+    def describe_goal(self):
+        """Sentences about the task: what it asks for, where such things are kept, what of it was seen."""
+        notes, goal = self.notes, self.goal
+        verb, lamp = treatment(goal["type"]), goal["type"].startswith("look")
+        facts = [
+            f"The task is about {'two' if 'two' in goal['type'] else 'a'} {goal['object']}.",
+            f"The {'lamp is a' if lamp else 'target is the'} {goal['target']}.",
+        ]
+        if verb:
+            facts.append(f"It must be {TRAITS[verb]}: a {STATIONS[verb]} can {verb} it.")
+        kinds = {kind(place) for place in notes.receptacles}
+        for name in (goal["object"], goal["target"]):
+            homes = [home for home in homes_of(name) if home in kinds]
+            if homes:
+                facts.append(f"A {name} is often in the {', '.join(homes)}.")
+            if homes or name == goal["object"]:
+                seen = [f"{notes.title(thing)} is in {place}." for thing, place in notes.where(name).items()]
+                held = bool(notes.hand) and kind(notes.hand) == name
+                facts += seen or [f"The {name} is in hand." if held else f"No {name} was seen."]
+        return facts
+
+
+LAYOUTS = {"train": range(7), "valid": range(7, 8), "test": range(8, 10)}  # classes of furniture (`layout_class`)
+
+
+def layout_class(receptacles):
+    """Which of ten classes the furniture of a room falls in. The splits use different classes, so that a test room is
+    not a training room with other things in it."""
+    return zlib.crc32(" ".join(receptacles).encode()) % 10
+
+
+@functools.cache
+def household_tasks(split, count, size):
+    """`count` tasks of every type for a split. A fifth of each type's (room, object, target) combinations never occurs
+    in training; every second test task has one of those, and says so in `combination`."""
+    tasks, seed = [], {"train": 0, "valid": 1_000_000, "test": 2_000_000}[split]
+    for type_name in household()["sentences"]:
+        pool = combinations(type_name)
+        random.Random(0).shuffle(pool)
+        cut = len(pool) // 5
+        unseen, seen = pool[:cut], pool[cut : cut + ALFWorld.counts["train"]]
+        for number in range(count):
+            new = split == "test" and number % 2 == 1
+            chosen = unseen[number // 2 % len(unseen)] if new else seen[number % len(seen)]
+            task = {"type": type_name, **dict(zip(("room", "object", "target"), chosen, strict=True)), "size": size}
+            while layout_class(room_of(task | {"seed": seed})[0]) not in LAYOUTS[split]:
+                seed += 1
+            tasks.append(task | {"seed": seed, "combination": "unseen" if new else "seen"})
+            seed += 1
+    return tasks
+
+
+# Game files and the real engine: everything from here to the end of ALFWorld needs the optional package.
+
+ALFWORLD_PIN = "alfworld==0.4.2 textworld==1.7.0"
+
+
+def import_alfworld():
+    """The parts of the optional `alfworld` package that we use, after a check of its version."""
+    try:
+        version = importlib.metadata.version("alfworld")
+        import textworld
+        from alfworld import info
+        from alfworld.agents.environment import alfred_tw_env
+        from alfworld.gen import goal_library
+    except (ImportError, OSError) as error:  # a missing package; alfworld makes a folder in ~/.cache when imported
+        raise UserError(f"real ALFWorld games need alfworld ({error}): pip install {ALFWORLD_PIN}") from None
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (0, 4):
+        raise UserError(f"alfworld {version} is too old (it says `put`, not `move`): pip install {ALFWORLD_PIN}")
+    return types.SimpleNamespace(textworld=textworld, info=info, tw=alfred_tw_env, goals=goal_library.gdict)
+
+
+def find_games(path):
+    """The tasks of a directory of real games, `{split: [task]}`, found by their `game.tw-pddl` in sorted order.
+
+    A folder named train, valid (or valid_seen), test (or valid_unseen) on the way to a game names its split, as in the
+    official data; without one a game belongs to the test split. What ALFWorld itself leaves out (unsolvable games, and
+    those with slices or movable receptacles) is left out here, and named.
+    """
+    root, folders = pathlib.Path(path), {"valid_seen": "valid", "valid_unseen": "test"}
+    files = [root] if root.is_file() else sorted(root.rglob("*.tw-pddl"))
+    if not files:
+        raise UserError(f"no game file (*.tw-pddl) in {str(path)!r}")
+    games, left_out = {"train": [], "valid": [], "test": []}, []
+    for file in files:
+        names = [folders.get(name, name) for name in file.relative_to(root).parts]
+        if not read_json(file).get("solvable", True) or re.search("movable|Sliced", " ".join(names)):
+            left_out.append(str(file))
+            continue
+        data = traj_data(file)
+        task = {"type": data.get("task_type", "unknown"), "game": str(file)}
+        if "task" in data:  # written by us
+            task["combination"] = data["task"].get("combination", "unknown")
+        games[next((name for name in names if name in games), "test")].append(task)
+    if left_out:
+        print(f"note: {len(left_out)} games that ALFWorld leaves out: {', '.join(left_out)}", file=sys.stderr)
+    return games
+
+
+def read_json(file):
+    try:
+        return json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the game file {str(file)!r}: {error}") from None
+
+
+def traj_data(file):
+    """The `traj_data.json` beside a game, or an empty dictionary."""
+    beside = pathlib.Path(file).with_name("traj_data.json")
+    return read_json(beside) if beside.exists() else {}
+
+
+def goal_beside(file):
+    """What `goal_of` gives, from a game's traj_data.json: for task sentences written by people."""
+    data = traj_data(file)
+    if not data:
+        return None
+    params = data["pddl_params"]
+    target = params["toggle_target" if data["task_type"].startswith("look") else "parent_target"]
+    return {"type": data["task_type"], "object": params["object_target"].lower(), "target": target.lower()}
+
+
+class TextWorldGame:
+    """The real engine behind the interface of `House`: one game file, played by TextWorld.
+
+    Experts: `planner` knows the whole room and is optimal; `handcoded` is ALFWorld's own heuristic (in 0.4.2 it still
+    waits for the word `put` and mostly fails to place two objects); `search` is ours and needs nothing from here.
+    """
+
+    def __init__(self, task, expert="search"):
+        self.task, self.expert = task, expert
+        alf = import_alfworld()
+        read_json(task["game"])  # a missing or broken file is the user's error, not TextWorld's
+        self.goal = goal_beside(task["game"])
+        if expert == "handcoded" and not self.goal:
+            raise UserError(f"the hand-coded expert needs a traj_data.json beside {task['game']!r}")
+        wanted = alf.textworld.EnvInfos(won=True, admissible_commands=True, policy_commands=expert == "planner")
+        wrappers = [alf.tw.AlfredDemangler()]
+        if expert != "search":
+            wrappers.append(alf.tw.AlfredExpert(expert_type=expert))
+        self.env = alf.textworld.start(task["game"], request_infos=wanted, wrappers=wrappers)
+
+    def reset(self):
+        self.rng = random.Random(0)
+        return self.play(self.env.reset)
+
+    def do(self, command):
+        return self.play(lambda: self.env.step(command)[0])
+
+    def play(self, call):
+        """Call the engine with `random` in a state of our own: the hand-coded expert draws from the global one."""
+        before = random.getstate()
+        random.setstate(self.rng.getstate())
+        try:
+            self.state = call()
+        finally:
+            self.rng.setstate(random.getstate())
+            random.setstate(before)
+        return sort_lists(self.state.feedback)
+
+    def commands(self):
+        return [command for command in self.state.admissible_commands if command != "help"]
+
+    def expert_command(self):
+        plan = self.state["extra.expert_plan"]
+        if not plan:
+            raise RuntimeError(f"the {self.expert} expert has no plan in this state of {self.task['game']}")
+        return "look" if plan[0] == "help" else plan[0]  # the hand-coded one, at a loss, draws any admissible command
+
+    @property
+    def won(self):
+        return bool(self.state.won)
+
+    def close(self):
+        self.env.close()
+
+
+def pddl_ids(names):
+    """PDDL identifiers that ALFWorld turns back into our names: it numbers things of a kind by falling identifier."""
+    ids = {}
+    for name in names:
+        rank = sum(kind(other) == kind(name) for other in names) - int(name.split()[1])
+        camel = household()["camel"][kind(name)]
+        start, end = (camel[:-5], f"_bar_{camel}") if camel.endswith("Basin") else (camel, "")
+        ids[name] = f"{start}_bar__plus_00_dot_{rank:02d}{end}"
+    return ids
+
+
+def pddl_objects(task, ids, at):
+    """The typed objects of a room's PDDL problem. The domain itself names three stations and two knives."""
+    camel, (receptacles, places) = household()["camel"], room_of(task)
+    kinds = {
+        "rtype": {kind(place) for place in receptacles} | set(STATIONS.values()),
+        "otype": {kind(thing) for thing in places} | {"knife", "butterknife"},
+    }
+    typed = ["agent1 - agent", "loc_bar_0 - location", *(f"{place} - location" for place in at.values())]
+    typed += [f"{camel.get(name, name)}Type - {group}" for group, names in kinds.items() for name in sorted(names)]
+    typed += [f"{ids[place]} - receptacle" for place in receptacles] + [f"{ids[thing]} - object" for thing in places]
+    holds = household()["holds"]
+    contain = [
+        f"canContain {camel[r]}Type {camel[o]}Type"
+        for r in sorted(kinds["rtype"])
+        for o in holds[r]
+        if o in kinds["otype"]
+    ]
+    return typed, contain
+
+
+def pddl_problem(task, goals):
+    """A room as a PDDL problem for ALFWorld's domain; `goals` is the package's goal library."""
+    tables, (receptacles, places) = household(), room_of(task)
+    ids, camel = pddl_ids([*receptacles, *places]), tables["camel"]
+    at = {place: f"loc_bar_{number}" for number, place in enumerate(receptacles, 1)}
+    typed, init = pddl_objects(task, ids, at)
+    init += ["atLocation agent1 loc_bar_0", "= (total-cost) 0"]
+    for place in receptacles:
+        init += [
+            f"receptacleType {ids[place]} {camel[kind(place)]}Type",
+            f"receptacleAtLocation {ids[place]} {at[place]}",
+        ]
+        init += [f"openable {ids[place]}"] if kind(place) in tables["openable"] else []
+    for thing, place in places.items():
+        init += [
+            f"objectType {ids[thing]} {camel[kind(thing)]}Type",
+            f"inReceptacle {ids[thing]} {ids[place]}",
+            f"objectAtLocation {ids[thing]} {at[place]}",
+        ]
+        traits = [word for word in ("cleanable", "heatable", "coolable") if kind(thing) in tables[word]]
+        traits += ["toggleable" if "lamp" in thing else "pickupable"]
+        traits += ["isReceptacleObject"] if kind(thing) in tables["containers"] else []
+        init += [f"{trait} {ids[thing]}" for trait in traits]
+    names = {"obj": camel[task["object"]], "recep": camel[task["target"]], "toggle": camel[task["target"]]}
+    goal = goals[task["type"]]["pddl"].format(**names).replace("#", "-")  # closes the problem, too
+    objects, facts = "\n  ".join(typed), "\n  ".join(f"({fact})" for fact in init)
+    return f"(define (problem room)\n (:domain alfred)\n (:objects\n  {objects}\n )\n (:init\n  {facts}\n )\n{goal}"
+
+
+def write_game(task, directory):
+    """Write a built-in task as a game of the real engine, in the layout of the official data; the game file's path."""
+    if "type" not in (task if isinstance(task, dict) else {}) or "game" in task:
+        raise UserError(f"only a task of the built-in ALFWorld can be written as a game, not {task!r}")
+    alf, house, camel = import_alfworld(), House(task), household()["camel"]
+    looks, target, thing = task["type"].startswith("look"), camel[task["target"]], camel[task["object"]]
+    name = f"{task['type']}-{thing}-None-{target}-{task['seed']}"
+    folder = pathlib.Path(directory) / name / f"trial_{task['seed']:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    domain, grammar = (
+        pathlib.Path(path).read_text(encoding="utf-8")
+        for path in (alf.info.ALFRED_PDDL_PATH, alf.info.ALFRED_TWL2_PATH)
+    )
+    params = {
+        "object_target": thing,
+        "parent_target": "" if looks else target,
+        "mrecep_target": "",
+        "toggle_target": target if looks else "",
+        "object_sliced": False,
+    }
+    contents = {
+        "traj_data.json": {"task_type": task["type"], "pddl_params": params, "task": task},
+        "game.tw-pddl": {
+            "pddl_domain": domain,
+            "grammar": grammar.replace("UNKNOWN GOAL", house.sentence),
+            "pddl_problem": pddl_problem(task, alf.goals),
+            "solvable": True,
+        },
+    }
+    for file, data in contents.items():
+        (folder / file).write_text(json.dumps(data), encoding="utf-8")
+    return str(folder / "game.tw-pddl")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Making and playing
 
-ENVS = {"taxi": DangerousTaxi, "autoexplore": AutoExplore}
+ENVS = {"taxi": DangerousTaxi, "autoexplore": AutoExplore, "alfworld": ALFWorld}
 
 
 def make(name, **options):
@@ -979,11 +1772,17 @@ def run_main(main):
 def main():
     parser = argparse.ArgumentParser(description="Play an environment by hand.", allow_abbrev=False)
     parser.add_argument("--env", default="taxi", help=f"{', '.join(ENVS)}, or package.module:Class (default: taxi)")
+    parser.add_argument("--games", metavar="PATH", help="play these real ALFWorld games, with --env alfworld")
+    parser.add_argument("--write-games", metavar="DIR", help="write ALFWorld's split as real game files, and stop")
     parser.add_argument("--split", default="train", help="split of the task: train, valid or test (default: train)")
     parser.add_argument("--seed", type=int, default=0, help="which task of the split, and the env's seed (default: 0)")
     args = parser.parse_args()
-    env = make(args.env)
+    env = make(args.env, **({"games": args.games} if args.games else {}))
     tasks = env.tasks(args.split)
+    if args.write_games:
+        for task in tasks:
+            print(write_game(task, pathlib.Path(args.write_games) / args.split))
+        return
     state, info = env.reset(seed=args.seed, options={"task": tasks[args.seed % len(tasks)]})
     total, over = 0.0, False
     while not over:

@@ -495,9 +495,9 @@ def parse_option(text):
     if not equals or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     try:
-        return key, json.loads(value)
+        return [key, json.loads(value)]
     except ValueError:
-        return key, value
+        return [key, value]
 
 
 def add_common_options(parser):
@@ -512,6 +512,8 @@ def add_common_options(parser):
         metavar="KEY=VALUE",
         help="an option of the environment's constructor, repeatable, such as mode=pickup",
     )
+    group.add_argument("--repos", metavar="DIR", help="AutoExplore: your repositories instead of data/repos")
+    group.add_argument("--games", metavar="PATH", help="ALFWorld: real game files instead of the built-in engine")
     group.add_argument(
         "--base", default="nano", help="directory of the base LM (default: nano, the shipped models/nano)"
     )
@@ -541,6 +543,7 @@ def parse_args(parser):
     models, but with LoRA on the nano base the casts cost more than the products save (14k tokens/s against 21k).
     """
     args = parser.parse_args()
+    args.env_option += [[key, os.path.abspath(path)] for key in ("repos", "games") if (path := getattr(args, key))]
     on_gpu = torch.device(args.device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.bf16 = args.bf16 == "on" or (args.bf16 == "auto" and on_gpu)
     return args
