@@ -119,7 +119,7 @@ def run_rows(run, args):
             adapters = find(run)
         except UserError:
             continue
-        args.base = config["base"]
+        args.env, args.env_option, args.base = config["env"], config["env_option"], config["base"]
         rows.append(row(name, load_players(args, adapters), env_factory(args), args))
     return rows
 
