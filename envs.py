@@ -54,7 +54,7 @@ class Env:
 
     def describe(self):
         """True, plain facts about the current state, no advice: `(beginning, rest)` pairs of sentences, such as
-        `("The taxi is at row ", "2 column 3.")`. The base LM is trained on them, and examined: can it finish the rest?"""
+        `("The taxi is at row", " 2 column 3.")`. The base LM is trained on them, and examined: can it finish the rest?"""
         return []
 
 
@@ -212,13 +212,21 @@ class DangerousTaxi(Env):
         places = {"destination": LANDMARKS[destination]}
         if passenger != ON_BOARD:
             places["passenger"] = LANDMARKS[passenger]
-        facts = [("The taxi is at row ", f"{row} column {col}."), ("The passenger is ", "on board." if passenger == ON_BOARD else "waiting.")]
+        facts = [
+            ("The taxi is at row", f" {row} column {col}."),
+            ("The passenger is", " on board." if passenger == ON_BOARD else " waiting."),
+        ]
         for name, (r, c) in places.items():
-            facts += [(f"The {name} is at row ", f"{r} column {c}."), (f"From the taxi to the {name}: ", f"{taxi_offset(row, col, r, c)}.")]
+            facts += [
+                (f"The {name} is at row", f" {r} column {c}."),
+                (f"From the taxi to the {name}:", f" {taxi_offset(row, col, r, c)}."),
+            ]
         for a in MOVES:
             r, c = taxi_move(row, col, a)
-            facts.append((f"To {self.actions[a]} ", "is blocked." if (r, c) == (row, col) else f"leads to row {r} column {c}."))
-        return [*facts, ("Blocked: ", f"{', '.join(self.blocked()) or 'nothing'}.")]
+            facts.append(
+                (f"To {self.actions[a]}", " is blocked." if (r, c) == (row, col) else f" leads to row {r} column {c}.")
+            )
+        return [*facts, ("Blocked:", f" {', '.join(self.blocked()) or 'nothing'}.")]
 
     def blocked(self):
         """The directions in which a wall or the border is in the way, such as `["east"]`."""
@@ -288,7 +296,9 @@ def run_main(main):
 def main():
     parser = argparse.ArgumentParser(description="Play an environment by hand.", allow_abbrev=False)
     parser.add_argument("--env", default="taxi", help="taxi, or package.module:Class (default: taxi)")
-    parser.add_argument("--split", default="train", choices=("train", "valid", "test"), help="split of the task (default: train)")
+    parser.add_argument(
+        "--split", default="train", choices=("train", "valid", "test"), help="split of the task (default: train)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which task of the split, and the env's seed (default: 0)")
     args = parser.parse_args()
     env = make(args.env)

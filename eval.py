@@ -19,8 +19,18 @@ from pathlib import Path
 
 import envs
 from envs import UserError
-from reflect_rl import (add_common_options, env_factory, find_adapters, load_players, newest_run, parse_args, play, read_config, short_name,
-                        show_step, write_atomically)
+from reflect_rl import (
+    add_common_options,
+    env_factory,
+    find_adapters,
+    load_players,
+    newest_run,
+    parse_args,
+    play,
+    read_config,
+    short_name,
+    show_step,
+)
 
 
 def wilson(successes, n, z=1.96):
@@ -36,10 +46,14 @@ def summary(episodes):
     """Figures of a list of episodes; `failed` is the share that the environment ended badly (taxi: by danger)."""
     n, successes = len(episodes), sum(episode.success for episode in episodes)
     ends = [episode.steps[-1] for episode in episodes]
-    return {"episodes": n, "success": successes / n, "interval": wilson(successes, n),
-            "return": sum(episode.total for episode in episodes) / n,
-            "length": sum(len(episode.steps) for episode in episodes) / n,
-            "failed": sum(end.terminated and not end.success for end in ends) / n}
+    return {
+        "episodes": n,
+        "success": successes / n,
+        "interval": wilson(successes, n),
+        "return": sum(episode.total for episode in episodes) / n,
+        "length": sum(len(episode.steps) for episode in episodes) / n,
+        "failed": sum(end.terminated and not end.success for end in ends) / n,
+    }
 
 
 def random_actor(states, actions, envs):
@@ -50,7 +64,9 @@ def random_actor(states, actions, envs):
 def expert_actor(states, actions, envs):
     """An actor that takes the environment's expert action."""
     choices = [env.expert_action() for env in envs]
-    return [None] * len(states), [[0.0 if i == c else -math.inf for i in range(len(a))] for a, c in zip(actions, choices, strict=True)]
+    return [None] * len(states), [
+        [0.0 if i == c else -math.inf for i in range(len(a))] for a, c in zip(actions, choices, strict=True)
+    ]
 
 
 def evaluate(actor, make_env, split="test", repeats=3, greedy=False, seed=1000, limit=None):
@@ -70,8 +86,12 @@ def row(name, actor, make_env, args):
 
 def print_table(rows):
     width = max(len(r["name"]) for r in rows)
-    print(f"\n{rows[0]['split']} split; success in %, [95% Wilson interval]; n episodes; failed = ended badly by the environment")
-    print(f"{'':{width}}  {'sampled':>7} {'interval':>14} {'n':>5}  {'return':>6} {'length':>6} {'failed':>6}  {'greedy':>7} {'interval':>14} {'n':>5}")
+    print(
+        f"\n{rows[0]['split']} split; success in %, [95% Wilson interval]; n episodes; failed = ended badly by the environment"
+    )
+    print(
+        f"{'':{width}}  {'sampled':>7} {'interval':>14} {'n':>5}  {'return':>6} {'length':>6} {'failed':>6}  {'greedy':>7} {'interval':>14} {'n':>5}"
+    )
     for r in rows:
         cells = []
         for figures in (r["sampled"], r["greedy"]):
@@ -79,15 +99,18 @@ def print_table(rows):
                 low, high = figures["interval"]
                 cells.append(f"{figures['success']:7.1%} {f'[{low:.1%}, {high:.1%}]':>14} {figures['episodes']:5}")
         s = r["sampled"]
-        print(f"{r['name']:{width}}  {cells[0]}  {s['return']:6.2f} {s['length']:6.1f} {s['failed']:6.1%}  {''.join(cells[1:])}")
+        print(
+            f"{r['name']:{width}}  {cells[0]}  {s['return']:6.2f} {s['length']:6.1f} {s['failed']:6.1%}  {''.join(cells[1:])}"
+        )
 
 
 def run_rows(run, args):
-    """The lines of one run; figures of a finished RL run are kept in `result.json`, for they cannot change."""
-    config, kind = read_config(run), "rl" if "updates" in read_config(run) else "sft"
-    names = {"rl": [(run.name, find_adapters)],
-             "sft": [(f"{run.name} without reflection", plain_adapters), (f"{run.name} with reflection", find_adapters)]}[kind]
-    rows = []
+    """The lines of one run: an RL run has one policy, an SFT run up to two."""
+    config, rows = read_config(run), []
+    if "updates" in config:
+        names = [(run.name, find_adapters)]
+    else:
+        names = [(f"{run.name} without reflection", plain_adapters), (f"{run.name} with reflection", find_adapters)]
     for name, find in names:
         try:
             adapters = find(run)
@@ -109,6 +132,7 @@ def plot(args):
     """Success of all RL runs over training episodes, one line a run, to the file `args.plot`."""
     try:
         import matplotlib
+
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
@@ -135,7 +159,18 @@ def reproduce(args):
     """Run the commands behind the README's table, one after the other; runs that exist are kept."""
     for flags in ([], ["--no-reflection"], ["--no-negatives"], ["--no-curriculum"]):
         for seed in ("0", "1", "2"):
-            command = [sys.executable, str(Path(__file__).parent / "rl.py"), "--env", args.env, "--runs", args.runs, "--seed", seed, "--resume", *flags]
+            command = [
+                sys.executable,
+                str(Path(__file__).parent / "rl.py"),
+                "--env",
+                args.env,
+                "--runs",
+                args.runs,
+                "--seed",
+                seed,
+                "--resume",
+                *flags,
+            ]
             print("$", " ".join(command[1:]), flush=True)
             subprocess.run(command, check=True)
 
@@ -148,7 +183,9 @@ def main():
     group.add_argument("--run", help="evaluate this run only (default: all of the environment)")
     group.add_argument("--show", type=int, default=0, metavar="N", help="print the first N sampled episodes of --run")
     group.add_argument("--plot", metavar="FILE", help="draw the learning curves instead")
-    group.add_argument("--reproduce", action="store_true", help="first run seeds 0, 1, 2 and all ablations, as the README does")
+    group.add_argument(
+        "--reproduce", action="store_true", help="first run seeds 0, 1, 2 and all ablations, as the README does"
+    )
     args = parse_args(parser)
     if args.plot:
         return plot(args)
@@ -158,8 +195,19 @@ def main():
         players = load_players(args, find_adapters(args.run or newest_run(args)))
         for episode in evaluate(players, env_factory(args), args.split, repeats=1, limit=args.show):
             print("\n".join(show_step(step) for step in episode.steps))
-    rows = [] if args.run else [row("random", random_actor, env_factory(args), args), row("expert", expert_actor, env_factory(args), args)]
-    runs = [Path(args.run)] if args.run else sorted(path.parent for path in Path(args.runs).glob(f"{short_name(args.env)}-*/config.json"))
+    rows = (
+        []
+        if args.run
+        else [
+            row("random", random_actor, env_factory(args), args),
+            row("expert", expert_actor, env_factory(args), args),
+        ]
+    )
+    runs = (
+        [Path(args.run)]
+        if args.run
+        else sorted(path.parent for path in Path(args.runs).glob(f"{short_name(args.env)}-*/config.json"))
+    )
     for run in runs:
         rows += run_rows(run, args)
     print_table(rows)

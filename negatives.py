@@ -18,7 +18,16 @@ from pathlib import Path
 
 import envs
 from envs import UserError
-from reflect_rl import ACTION_HEADER, add_common_options, env_factory, parse_args, policy_prompt, reflector_prompt, short_name, write_atomically
+from reflect_rl import (
+    ACTION_HEADER,
+    add_common_options,
+    env_factory,
+    parse_args,
+    policy_prompt,
+    reflector_prompt,
+    short_name,
+    write_atomically,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +52,12 @@ def reflect_on_taxi(env, mistake):
     row, col, passenger, _ = envs.taxi_decode(env.taxi_state)
     aboard = passenger == envs.ON_BOARD
     name, (to_row, to_col) = "destination" if aboard else "passenger", env.target()
-    return ((f"To {env.last} was a mistake. " if mistake else "")
-            + f"The taxi is at row {row} column {col}. Blocked: {', '.join(env.blocked()) or 'nothing'}. "
-            + f"Passenger {'on board' if aboard else 'waiting'}. "
-            + f"Next goal: the {name} at row {to_row} column {to_col}, {envs.taxi_offset(row, col, to_row, to_col)}.")
+    return (
+        (f"To {env.last} was a mistake. " if mistake else "")
+        + f"The taxi is at row {row} column {col}. Blocked: {', '.join(env.blocked()) or 'nothing'}. "
+        + f"Passenger {'on board' if aboard else 'waiting'}. "
+        + f"Next goal: the {name} at row {to_row} column {to_col}, {envs.taxi_offset(row, col, to_row, to_col)}."
+    )
 
 
 TEACHERS = {envs.DangerousTaxi: reflect_on_taxi}
@@ -59,7 +70,9 @@ def teacher_of(env):
             return teacher
     if hasattr(env, "reflection"):
         return lambda env, mistake: env.reflection(mistake)
-    raise UserError(f"{type(env).__name__} has no teacher: give it a method reflection(mistake), or use --no-reflection")
+    raise UserError(
+        f"{type(env).__name__} has no teacher: give it a method reflection(mistake), or use --no-reflection"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -157,8 +170,13 @@ def sft_examples(records, form, labels):
     """Records as `(prompt, completion)` for `reflect`, `policy` (with reflection) or `plain` (without)."""
     if form == "reflect":
         return [(reflector_prompt(record.state), record.reflection) for record in records]
-    return [(policy_prompt(record.state, record.reflection if form == "policy" else None, record.actions, labels),
-             labels[record.action]) for record in records]
+    return [
+        (
+            policy_prompt(record.state, record.reflection if form == "policy" else None, record.actions, labels),
+            labels[record.action],
+        )
+        for record in records
+    ]
 
 
 def random_walk(env, rng, length):
@@ -205,7 +223,9 @@ def add_data_options(parser):
     group = parser.add_argument_group("teacher data")
     group.add_argument("--trajectories", type=int, default=100, help="teacher trajectories (default: 100)")
     group.add_argument("--negatives", type=float, default=0.5, help="share of them that is perturbed (default: 0.5)")
-    group.add_argument("--no-negatives", dest="negatives", action="store_const", const=0.0, help="ablation: no perturbed trajectories")
+    group.add_argument(
+        "--no-negatives", dest="negatives", action="store_const", const=0.0, help="ablation: no perturbed trajectories"
+    )
     return group
 
 
@@ -231,8 +251,10 @@ def main():
     for record in (r for r in records if r.trajectory == shown):
         print(f"{record.state}\n# Analyze:\n{record.reflection}\n{ACTION_HEADER}{record.actions[record.action]}\n")
     negatives = len({r.trajectory for r in records if r.negative})
-    print(f"{out}: {len(records)} steps of {args.trajectories} trajectories, {args.trajectories - negatives} positive and {negatives} negative; "
-          f"{sum(r.mistake for r in records)} steps follow a mistake")
+    print(
+        f"{out}: {len(records)} steps of {args.trajectories} trajectories, {args.trajectories - negatives} positive and {negatives} negative; "
+        f"{sum(r.mistake for r in records)} steps follow a mistake"
+    )
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ import envs
 from envs import UserError
 
 logging.set_verbosity_error()
+logging.disable_progress_bar()
 NANO = Path(__file__).parent / "models" / "nano"
 
 # ---------------------------------------------------------------------------------------------------------
@@ -74,7 +75,9 @@ def action_labels(tokenizer, prompt=ACTION_HEADER):
     Letters first, then digits, then short words of the vocabulary. "10" is two tokens to a digit-splitting
     tokenizer, and SentencePiece may add a space: so each candidate is tried behind the real end of a prompt.
     """
-    vocabulary = sorted({token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha()}, key=lambda t: (len(t), t))
+    vocabulary = sorted(
+        {token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha()}, key=lambda t: (len(t), t)
+    )
     before, labels, ids = encode(tokenizer, prompt), [], []
     for label in [*string.ascii_uppercase, *string.ascii_lowercase, *string.digits, *vocabulary]:
         after = encode(tokenizer, prompt + label)
@@ -129,10 +132,17 @@ def add_adapter(model, name, r=16, alpha=8, targets=None):
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         leaf = path.rpartition(".")[2]
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and leaf != "base" and (not targets or leaf in targets):
+        if (
+            isinstance(module, (nn.Linear, Conv1D))
+            and module is not head
+            and leaf != "base"
+            and (not targets or leaf in targets)
+        ):
             parent = model.get_submodule(path.rpartition(".")[0])
             setattr(parent, leaf, LoRALinear(module))
-    layers = {path: layer for path, layer in lora_layers(model).items() if not targets or path.rpartition(".")[2] in targets}
+    layers = {
+        path: layer for path, layer in lora_layers(model).items() if not targets or path.rpartition(".")[2] in targets
+    }
     if not layers:
         raise UserError(f"the model has no linear layer to adapt{f' among {sorted(targets)}' if targets else ''}")
     for layer in layers.values():
@@ -149,7 +159,12 @@ def use_adapter(model, name):
 
 
 def adapter_parameters(model, name):
-    return [p for layer in lora_layers(model).values() if name in layer.lora_A for p in (layer.lora_A[name], layer.lora_B[name])]
+    return [
+        p
+        for layer in lora_layers(model).values()
+        if name in layer.lora_A
+        for p in (layer.lora_A[name], layer.lora_B[name])
+    ]
 
 
 def save_adapter(model, name, folder):
@@ -157,14 +172,25 @@ def save_adapter(model, name, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
-    tensors = {f"base_model.model.{path}.lora_{AB}.weight": getattr(layer, f"lora_{AB}")[name].detach().cpu().contiguous()
-               for path, layer in layers.items() for AB in "AB"}
+    tensors = {
+        f"base_model.model.{path}.lora_{AB}.weight": getattr(layer, f"lora_{AB}")[name].detach().cpu().contiguous()
+        for path, layer in layers.items()
+        for AB in "AB"
+    }
     first = next(iter(layers.values()))
     r = first.lora_A[name].shape[0]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": first.scale[name] * r, "lora_dropout": 0.0,
-              "bias": "none", "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
-              "inference_mode": True, "base_model_name_or_path": model.name_or_path,
-              "target_modules": sorted({path.rpartition(".")[2] for path in layers})}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": r,
+        "lora_alpha": first.scale[name] * r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "inference_mode": True,
+        "base_model_name_or_path": model.name_or_path,
+        "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
+    }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -178,13 +204,21 @@ def load_adapter(model, name, folder):
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder} holds no complete adapter: {error}") from None
-    unsupported = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
+    unsupported = [
+        key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)
+    ]
     if unsupported or config.get("bias", "none") != "none" or config.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: only plain LoRA is supported, not {', '.join(unsupported) or 'this kind of adapter'}")
+        raise UserError(
+            f"{folder}: only plain LoRA is supported, not {', '.join(unsupported) or 'this kind of adapter'}"
+        )
     targets = {key.split(".lora_")[0].rpartition(".")[2] for key in tensors}
     add_adapter(model, name, config["r"], config["lora_alpha"], targets)
-    wanted = {f"base_model.model.{path}.lora_{AB}.weight": getattr(layer, f"lora_{AB}")[name]
-              for path, layer in lora_layers(model).items() if name in layer.lora_A for AB in "AB"}
+    wanted = {
+        f"base_model.model.{path}.lora_{AB}.weight": getattr(layer, f"lora_{AB}")[name]
+        for path, layer in lora_layers(model).items()
+        if name in layer.lora_A
+        for AB in "AB"
+    }
     if {key: t.shape for key, t in tensors.items()} != {key: p.shape for key, p in wanted.items()}:
         raise UserError(f"{folder} was made for another base model: its layers or shapes do not fit")
     with torch.no_grad():
@@ -196,8 +230,9 @@ def load_adapter(model, name, folder):
 # The two players
 
 
-def load_base(path=NANO, device="cpu", dtype=torch.float32):
-    """A causal LM and its tokenizer from a local Hugging Face directory (or a hub name, if there is a network)."""
+def load_base(path="nano", device="cpu", dtype=torch.float32):
+    """A causal LM and its tokenizer from a Hugging Face directory (or a hub name, if there is a network)."""
+    path = NANO if path == "nano" else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
@@ -215,7 +250,16 @@ class Players:
     text, for the reflector is frozen when it plays. `forward_passes` of either kind run without dropout.
     """
 
-    def __init__(self, model, tokenizer, reflection=True, reflect_temperature=0.0, max_reflection=96, bf16=False, memo_size=100_000):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        reflection=True,
+        reflect_temperature=0.0,
+        max_reflection=96,
+        bf16=False,
+        memo_size=100_000,
+    ):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self.labels, ids = action_labels(tokenizer)
         self.label_ids = torch.tensor(ids, device=self.device)
@@ -244,36 +288,37 @@ class Players:
         rows = [encode(self.tokenizer, prompt) for prompt in prompts]
         longest = max(map(len, rows))
         if longest + room > self.context:
-            raise UserError(f"a prompt of {longest} tokens{f' and {room} to write' if room else ''} exceeds the model's context "
-                            f"of {self.context}: give the environment a smaller text budget")
+            raise UserError(
+                f"a prompt of {longest} tokens{f' and {room} to write' if room else ''} exceeds the model's context "
+                f"of {self.context}: give the environment a smaller text budget"
+            )
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return ids.to(self.device), mask.to(self.device), (mask.cumsum(1) - 1).clamp(min=0).to(self.device)
 
-    def features(self, prompts):
-        """The policy's last hidden state at the last real position, (B, d)."""
-        ids, mask, positions = self.left_pad(prompts)
-        with self.autocast():
-            hidden = self.model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        return hidden[:, -1]
-
-    def log_probs(self, prompts, counts):
-        """Log-probabilities of the actions, (B, max(counts)) in fp32; row b has counts[b] valid ones, the rest is -inf.
-
-        Only the label rows of the LM head are multiplied. Rollout and update both call this. Equal prompts share one
-        forward pass.
-        """
+    def features(self, prompts, adapter="policy"):
+        """The policy's last hidden state at the last real position, (B, d). Equal prompts share one forward pass."""
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        use_adapter(self.model, "policy")
-        features = self.features(list(unique))  # (U, d)
-        head = self.model.get_output_embeddings()
-        label_ids = self.label_ids[: max(counts)]
-        logits = F.linear(features.float(), head.weight[label_ids].float())  # (U, A)
-        if getattr(head, "bias", None) is not None:
-            logits = logits + head.bias[label_ids].float()
-        logits = logits[torch.tensor([unique[prompt] for prompt in prompts], device=self.device)]  # (B, A)
+        use_adapter(self.model, adapter)
+        ids, mask, positions = self.left_pad(list(unique))
+        with self.autocast():
+            hidden = self.model.base_model(
+                ids, attention_mask=mask, position_ids=positions, use_cache=False
+            ).last_hidden_state
+        return hidden[:, -1][[unique[prompt] for prompt in prompts]]
+
+    def score(self, features, counts):
+        """Log-probabilities of the actions, (B, max(counts)) in fp32; row b has counts[b] valid ones, the rest is -inf.
+        Only the label rows of the LM head are multiplied."""
+        head, label_ids = self.model.get_output_embeddings(), self.label_ids[: max(counts)]
+        bias = None if getattr(head, "bias", None) is None else head.bias[label_ids].float()
+        logits = F.linear(features.float(), head.weight[label_ids].float(), bias)  # (B, A)
         valid = torch.arange(logits.shape[1], device=self.device) < torch.tensor(counts, device=self.device)[:, None]
         return logits.masked_fill(~valid, -torch.inf).log_softmax(-1)
+
+    def log_probs(self, prompts, counts, adapter="policy"):
+        """`score` of the `features`: what rollout and update both call."""
+        return self.score(self.features(prompts, adapter), counts)
 
     @torch.no_grad()
     def reflect(self, states):
@@ -296,7 +341,14 @@ class Players:
         rows, written, cache = torch.arange(len(prompts)), [[] for _ in prompts], None
         for _ in range(self.max_reflection):
             with self.autocast():
-                output = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                output = self.model(
+                    ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
             cache = output.past_key_values
             token = self.pick(output.logits[:, -1].float())  # (B,)
             going = (token != self.tokenizer.eos_token_id).nonzero()[:, 0]
@@ -331,7 +383,9 @@ class Players:
         reflections = self.reflect(states) if self.reflection else [None] * len(states)
         prompts = [self.prompt(*row) for row in zip(states, reflections, actions, strict=True)]
         counts = [len(a) for a in actions]
-        return reflections, [row[:n].tolist() for row, n in zip(self.log_probs(prompts, counts).cpu(), counts, strict=True)]
+        return reflections, [
+            row[:n].tolist() for row, n in zip(self.log_probs(prompts, counts).cpu(), counts, strict=True)
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -357,6 +411,8 @@ class Step:
 class Episode:
     task: object
     steps: tuple
+    final_state: str  # what the last step led to; a critic values it where the horizon cut the episode off
+    final_actions: tuple
 
     @property
     def success(self):
@@ -372,14 +428,14 @@ def choose(log_probs, rng, greedy):
     """Index of an action: the most probable one, or a sample (temperature 1) drawn with the episode's own RNG."""
     if greedy:
         return max(range(len(log_probs)), key=log_probs.__getitem__)
-    return rng.choices(range(len(log_probs)), [math.exp(l) for l in log_probs])[0]
+    return rng.choices(range(len(log_probs)), [math.exp(p) for p in log_probs])[0]
 
 
-def play(actor, make_env, tasks, *, options=None, seed=0, greedy=False, batch=64, first=0, on_episode=None):
+def play(actor, make_env, tasks, *, options=None, seed=0, greedy=False, batch=64, numbers=None):
     """Play one episode per task, at most `batch` at a time; the list of `Episode`s is in the order of the tasks.
 
     An environment that ends gets the next task at once, so the batch stays full. Episode i draws from an RNG of its
-    own, seeded by `(seed, first + i)`: what it does depends neither on the batch size nor on the other episodes.
+    own, seeded by `(seed, numbers[i])` (numbers: 0, 1, ...): what it does depends on no other episode.
     `actor(states, actions, envs)` gives reflections and log-probabilities (see `Players.__call__`).
     """
     waiting, slots, finished = collections.deque(enumerate(tasks)), [], [None] * len(tasks)
@@ -387,7 +443,7 @@ def play(actor, make_env, tasks, *, options=None, seed=0, greedy=False, batch=64
     while waiting or slots:
         while waiting and spare:
             i, task = waiting.popleft()
-            env, rng = spare.pop(), random.Random(f"{seed}/{first + i}")
+            env, rng = spare.pop(), random.Random(f"{seed}/{numbers[i] if numbers else i}")
             state, info = env.reset(seed=rng.getrandbits(32), options={**(options or {}), "task": task})
             slots.append((i, env, rng, [], state, info))
         states, actions = [slot[4] for slot in slots], [slot[5]["actions"] for slot in slots]
@@ -396,14 +452,24 @@ def play(actor, make_env, tasks, *, options=None, seed=0, greedy=False, batch=64
         for (i, env, rng, steps, state, info), reflection, row in zip(slots, reflections, log_probs, strict=True):
             action = choose(row, rng, greedy)
             after, reward, terminated, truncated, new_info = env.step(action)
-            steps.append(Step(state, reflection, info["actions"], action, row[action], reward, terminated, truncated, bool(new_info["success"])))
+            steps.append(
+                Step(
+                    state,
+                    reflection,
+                    info["actions"],
+                    action,
+                    row[action],
+                    reward,
+                    terminated,
+                    truncated,
+                    bool(new_info["success"]),
+                )
+            )
             if not (terminated or truncated):
                 playing.append((i, env, rng, steps, after, new_info))
                 continue
             spare.append(env)
-            finished[i] = Episode(tasks[i], tuple(steps))
-            if on_episode:
-                on_episode(finished[i])
+            finished[i] = Episode(tasks[i], tuple(steps), after, new_info["actions"])
         slots = playing
     return finished
 
@@ -437,29 +503,46 @@ def add_common_options(parser):
     """The options that every script shares: what is played, with what, where results go."""
     group = parser.add_argument_group("environment and model")
     group.add_argument("--env", default="taxi", help="taxi, or package.module:Class for your own (default: taxi)")
-    group.add_argument("--env-option", action="append", default=[], type=parse_option, metavar="KEY=VALUE",
-                       help="an option of the environment's constructor, repeatable, such as mode=pickup")
-    group.add_argument("--base", default=str(NANO), help="directory of the base LM (default: the shipped models/nano)")
+    group.add_argument(
+        "--env-option",
+        action="append",
+        default=[],
+        type=parse_option,
+        metavar="KEY=VALUE",
+        help="an option of the environment's constructor, repeatable, such as mode=pickup",
+    )
+    group.add_argument(
+        "--base", default="nano", help="directory of the base LM (default: nano, the shipped models/nano)"
+    )
     group.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     group.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps (default: what is there)")
-    group.add_argument("--bf16", choices=("auto", "on", "off"), default="auto", help="bf16 autocast, or fp32 (default: auto, where it is fast)")
-    group.add_argument("--micro-batch", type=int, default=64, help="texts a forward pass when training, for memory (default: 64)")
+    group.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, mps (default: what is there)",
+    )
+    group.add_argument(
+        "--bf16",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="bf16 autocast, or fp32 (default: auto, on GPUs that have it)",
+    )
+    group.add_argument(
+        "--micro-batch", type=int, default=64, help="texts a forward pass when training, for memory (default: 64)"
+    )
     return group
 
 
 def parse_args(parser):
-    """The resolved options, with `bf16` a bool."""
+    """The resolved options, with `bf16` a bool.
+
+    `auto` means a GPU that has it. On a CPU bf16 has to be asked for: with AMX it speeds up full training and wide
+    models, but with LoRA on the nano base the casts cost more than the products save (14k tokens/s against 21k).
+    """
     args = parser.parse_args()
-    args.bf16 = bf16_is_fast(args.device) if args.bf16 == "auto" else args.bf16 == "on"
+    on_gpu = torch.device(args.device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.bf16 = args.bf16 == "on" or (args.bf16 == "auto" and on_gpu)
     return args
-
-
-def bf16_is_fast(device):
-    """Whether bf16 products have hardware of their own here."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def env_factory(args):
@@ -539,14 +622,35 @@ def open_run(run, config, resume=False):
     old = read_config(run)
     changed = [key for key in config if old.get(key) != json.loads(json.dumps(config[key]))]
     if changed:
-        raise UserError(f"{run} was started with other settings: " + ", ".join(f"{k} {old.get(k)!r}, now {config[k]!r}" for k in changed))
+        raise UserError(
+            f"{run} was started with other settings: "
+            + ", ".join(f"{k} {old.get(k)!r}, now {config[k]!r}" for k in changed)
+        )
     newest = checkpoints(run)[-1] if checkpoints(run) else None
     step = int(newest.name[5:]) if newest else 0
     log = run / "log.jsonl"
     if log.exists():  # a killed process may have left half a line, and lines behind the checkpoint
-        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        lines = [
+            line
+            for line in log.read_text().splitlines(keepends=True)
+            if line.endswith("}\n") and json.loads(line)["step"] <= step
+        ]
         write_atomically(log, "".join(lines))
     return newest
+
+
+@contextlib.contextmanager
+def lock_run(run):
+    """Hold a run: a second process that wants to write it gets an error. The lock goes with the process, however it ends."""
+    import fcntl
+
+    Path(run).mkdir(parents=True, exist_ok=True)
+    with (Path(run) / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is writing {run}") from None
+        yield
 
 
 def read_config(run):
@@ -565,7 +669,9 @@ def find_adapters(run):
     """`{adapter name: folder}` of a run: its finished adapters, else those of its newest checkpoint."""
     read_config(run)
     for folder in (Path(run), *reversed(checkpoints(run))):
-        found = {name: folder / name for name in ("reflect", "policy") if (folder / name / "adapter_config.json").is_file()}
+        found = {
+            name: folder / name for name in ("reflect", "policy") if (folder / name / "adapter_config.json").is_file()
+        }
         if "policy" in found:
             return found
     raise UserError(f"{run} holds no policy yet: it was stopped before its first checkpoint")
@@ -578,7 +684,9 @@ def newest_run(args):
         with contextlib.suppress(UserError):
             find_adapters(path.parent)
             return path.parent
-    raise UserError(f"no run of {args.env} in {args.runs}: make one with python rl.py --env {args.env}, or name one with --run")
+    raise UserError(
+        f"no run of {args.env} in {args.runs}: make one with python rl.py --env {args.env}, or name one with --run"
+    )
 
 
 def main():
@@ -603,7 +711,9 @@ def main():
     episode = play(watched, env_factory(args), [tasks[args.task]], seed=args.seed, greedy=args.greedy)[0]
     for step, log_probs in zip(episode.steps, seen, strict=True):
         print(show_step(step, log_probs))
-    print(f"{'success' if episode.success else 'failure'} after {len(episode.steps)} steps, return {episode.total:+.2f}")
+    print(
+        f"{'success' if episode.success else 'failure'} after {len(episode.steps)} steps, return {episode.total:+.2f}"
+    )
 
 
 if __name__ == "__main__":

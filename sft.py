@@ -31,8 +31,23 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import envs
 import negatives
 from envs import UserError
-from reflect_rl import (Players, action_labels, adapter_parameters, add_adapter, add_common_options, encode, env_factory, load_base,
-                        log_line, open_run, parse_args, save_adapter, save_checkpoint, short_name, use_adapter)
+from reflect_rl import (
+    Players,
+    action_labels,
+    adapter_parameters,
+    add_adapter,
+    add_common_options,
+    encode,
+    env_factory,
+    load_base,
+    log_line,
+    open_run,
+    parse_args,
+    save_adapter,
+    save_checkpoint,
+    short_name,
+    use_adapter,
+)
 
 # ---------------------------------------------------------------------------------------------------------
 # Loss
@@ -45,7 +60,7 @@ def collate(pairs, device="cpu"):
     for row, (prompt, completion) in enumerate(pairs):
         end = len(prompt) + len(completion)
         ids[row, :end] = torch.tensor([*prompt, *completion])
-        mask[row, len(prompt):end] = True
+        mask[row, len(prompt) : end] = True
     return ids.to(device), mask.to(device)
 
 
@@ -114,10 +129,24 @@ def fit(model, parameters, batch_at, schedule, run, write, bf16=False, resume_fr
 
     def save(folder):
         write(folder)
-        torch.save({"step": step + 1, "losses": losses[-20:], "optimizer": optimizer.state_dict(),
-                    "parameters": [p.detach().cpu() for p in parameters]}, folder / "state.pt")
+        torch.save(
+            {
+                "step": step + 1,
+                "losses": losses[-20:],
+                "optimizer": optimizer.state_dict(),
+                "parameters": [p.detach().cpu() for p in parameters],
+            },
+            folder / "state.pt",
+        )
 
-    bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=Path(run).name, unit="update", disable=None)
+    bar = tqdm(
+        range(start, schedule.steps),
+        initial=start,
+        total=schedule.steps,
+        desc=Path(run).name,
+        unit="update",
+        disable=None,
+    )
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr_at(step)
@@ -132,7 +161,14 @@ def fit(model, parameters, batch_at, schedule, run, write, bf16=False, resume_fr
         last = step + 1 == schedule.steps
         if last or (step + 1) % 20 == 0:
             held_out = report() if report and (last or (step + 1) % 100 == 0) else {}
-            log_line(run, step=step + 1, loss=sum(losses[-20:]) / len(losses[-20:]), grad_norm=norm.item(), lr=schedule.lr_at(step), **held_out)
+            log_line(
+                run,
+                step=step + 1,
+                loss=sum(losses[-20:]) / len(losses[-20:]),
+                grad_norm=norm.item(),
+                lr=schedule.lr_at(step),
+                **held_out,
+            )
         if last or (step + 1) % save_every == 0:
             save_checkpoint(run, step + 1, save)
     return sum(losses[-20:]) / max(1, len(losses[-20:]))
@@ -145,7 +181,10 @@ def fit(model, parameters, batch_at, schedule, run, write, bf16=False, resume_fr
 def tokenized(tokenizer, examples, stage):
     """Texts to token ids; a reflection carries its EOS, a label is a token by itself."""
     if stage == "reflect":
-        return [(encode(tokenizer, prompt), [*encode_more(tokenizer, prompt, text), tokenizer.eos_token_id]) for prompt, text in examples]
+        return [
+            (encode(tokenizer, prompt), [*encode_more(tokenizer, prompt, text), tokenizer.eos_token_id])
+            for prompt, text in examples
+        ]
     labels, ids = action_labels(tokenizer)
     return [(encode(tokenizer, prompt), [ids[labels.index(label)]]) for prompt, label in examples]
 
@@ -153,7 +192,9 @@ def tokenized(tokenizer, examples, stage):
 def encode_more(tokenizer, prompt, text):
     """Token ids of `text` behind `prompt`; where the two would merge, the tokens of `text` alone."""
     before, both = encode(tokenizer, prompt), encode(tokenizer, prompt + text)
-    return both[len(before):] if both[:len(before)] == before else tokenizer(text, add_special_tokens=False)["input_ids"]
+    return (
+        both[len(before) :] if both[: len(before)] == before else tokenizer(text, add_special_tokens=False)["input_ids"]
+    )
 
 
 def shuffled_batches(pairs, size, seed):
@@ -163,6 +204,7 @@ def shuffled_batches(pairs, size, seed):
     def batch_at(step):
         positions = (divmod(i, len(pairs)) for i in range(step * size, (step + 1) * size))
         return [pairs[order(epoch)[index]] for epoch, index in positions]
+
     return batch_at
 
 
@@ -177,7 +219,10 @@ def held_out(players, records, stage):
         loss = completion_loss(model, ids, mask).item()
     if stage == "reflect":
         players.clear_memo()
-        exact = [written == record.reflection for written, record in zip(players.reflect([r.state for r in records]), records, strict=True)]
+        exact = [
+            written == record.reflection
+            for written, record in zip(players.reflect([r.state for r in records]), records, strict=True)
+        ]
     else:
         prompts = [players.prompt(r.state, r.reflection if stage == "policy" else None, r.actions) for r in records]
         best = players.log_probs(prompts, [len(r.actions) for r in records]).argmax(-1).tolist()
@@ -191,9 +236,22 @@ def train_stage(stage, args, folder, records, valid, resume=True):
     if (folder / "adapter_config.json").is_file():
         return print(f"{folder}: done already")
     name = "reflect" if stage == "reflect" else "policy"
-    schedule = Schedule(args.reflect_steps if stage == "reflect" else args.policy_steps, args.batch, args.lr, micro_batch=args.micro_batch)
-    config = {"stage": stage, "env": args.env, "base": args.base, "seed": args.seed, "rank": args.rank, "alpha": args.alpha,
-              "records": len(records), **dataclasses.asdict(schedule)}
+    schedule = Schedule(
+        args.reflect_steps if stage == "reflect" else args.policy_steps,
+        args.batch,
+        args.lr,
+        micro_batch=args.micro_batch,
+    )
+    config = {
+        "stage": stage,
+        "env": args.env,
+        "base": args.base,
+        "seed": args.seed,
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "records": len(records),
+        **dataclasses.asdict(schedule),
+    }
     resume_from = open_run(folder, config, resume)
     model, tokenizer = load_base(args.base, args.device)
     torch.manual_seed(args.seed)
@@ -205,9 +263,17 @@ def train_stage(stage, args, folder, records, valid, resume=True):
     if longest > players.context:
         raise UserError(f"an example of {longest} tokens exceeds the model's context of {players.context}")
     sample = random.Random(0).sample(valid, min(len(valid), 128))
-    fit(model, adapter_parameters(model, name), shuffled_batches(pairs, args.batch, args.seed), schedule, folder,
-        write=lambda path: save_adapter(model, name, path), bf16=args.bf16, resume_from=resume_from,
-        report=lambda: held_out(players, sample, stage))
+    fit(
+        model,
+        adapter_parameters(model, name),
+        shuffled_batches(pairs, args.batch, args.seed),
+        schedule,
+        folder,
+        write=lambda path: save_adapter(model, name, path),
+        bf16=args.bf16,
+        resume_from=resume_from,
+        report=lambda: held_out(players, sample, stage),
+    )
     save_adapter(model, name, folder)
 
 
@@ -220,15 +286,33 @@ def sft_run(args, stages):
     """Write the teacher data (where it is not there yet), then train the stages on it; returns the run's folder."""
     negatives.check_data_options(args)
     folder, make_env = sft_folder(args), env_factory(args)
-    keys = ("env", "env_option", "base", "seed", "trajectories", "negatives", "rank", "alpha", "batch", "lr", "reflect_steps", "policy_steps")
+    keys = (
+        "env",
+        "env_option",
+        "base",
+        "seed",
+        "trajectories",
+        "negatives",
+        "rank",
+        "alpha",
+        "batch",
+        "lr",
+        "reflect_steps",
+        "policy_steps",
+    )
     open_run(folder, {key: getattr(args, key) for key in keys}, resume=True)
     paths = {split: folder / "data" / f"{split}.jsonl" for split in ("train", "valid")}
     for split, path in paths.items():
         if not path.exists():
             count = args.trajectories if split == "train" else max(10, args.trajectories // 5)
             negatives.write_records(negatives.make_records(make_env, count, args.negatives, args.seed, split), path)
-    data = {split: negatives.read_records(args.data if args.data and split == "train" else path) for split, path in paths.items()}
-    print(f"{folder}: {len(data['train'])} teacher steps of {args.trajectories} trajectories, a share {args.negatives:g} perturbed")
+    data = {
+        split: negatives.read_records(args.data if args.data and split == "train" else path)
+        for split, path in paths.items()
+    }
+    print(
+        f"{folder}: {len(data['train'])} teacher steps of {args.trajectories} trajectories, a share {args.negatives:g} perturbed"
+    )
     for stage in stages:
         train_stage(stage, args, folder / stage, data["train"], data["valid"])
     return folder
@@ -243,17 +327,38 @@ def train_tokenizer(texts, size):
     merges with its neighbours. The end-of-text token is id 0; it is also the padding (masks never look at ids)."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}|[^\s\p{L}\p{N}]|\s"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False)
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=["<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
+    )
 
 
 def base_corpus(names, seed, numbers):
     """The documents of a corpus with these numbers, the environments in turn; a function of its arguments alone."""
-    return [negatives.corpus_document(lambda: envs.make(names[i % len(names)]), random.Random(f"{seed}/{i}"), string.ascii_letters)  # noqa: B023
-            for i in numbers]
+    return [
+        negatives.corpus_document(
+            lambda: envs.make(names[i % len(names)]), random.Random(f"{seed}/{i}"), string.ascii_letters
+        )  # noqa: B023
+        for i in numbers
+    ]
+
+
+def copying_exercise(rng, vocabulary):
+    """Random tokens, then the same again. It teaches to copy, and gives every token of the vocabulary an embedding of
+    its own: those that play never shows would else collapse into one, and a frozen base could not tell them apart."""
+    return 2 * [rng.randrange(vocabulary) for _ in range(rng.randrange(8, 64))]
 
 
 @torch.no_grad()
@@ -266,13 +371,18 @@ def reading_accuracy(model, tokenizer, name, states=200, seed=1):
     for _ in range(states):
         state, _ = negatives.random_walk(env, rng, rng.randrange(20))
         facts = env.describe()
-        pairs = [(encode(tokenizer, f"{state}\n{negatives.FACTS_HEADER}{beginning}"),
-                  encode_more(tokenizer, f"{state}\n{negatives.FACTS_HEADER}{beginning}", rest)) for beginning, rest in facts]
+        pairs = [
+            (
+                encode(tokenizer, f"{state}\n{negatives.FACTS_HEADER}{beginning}"),
+                encode_more(tokenizer, f"{state}\n{negatives.FACTS_HEADER}{beginning}", rest),
+            )
+            for beginning, rest in facts
+        ]
         ids, mask = collate(pairs, model.device)
         best = model(ids, use_cache=False).logits[:, :-1].argmax(-1)
         exact = ((best == ids[:, 1:]) | ~mask[:, 1:]).all(1).tolist()
         for (beginning, _), ok in zip(facts, exact, strict=True):
-            right.setdefault(beginning.strip(), []).append(ok)
+            right.setdefault(beginning, []).append(ok)
     return {beginning: sum(oks) / len(oks) for beginning, oks in right.items()}
 
 
@@ -284,28 +394,63 @@ def train_base(args):
     run = Path(args.runs) / f"base-s{args.seed}"
     sample = base_corpus(names, f"tokenizer/{args.seed}", range(3000))
     # the tokenizer, and it alone, also sees teacher reflections: it should spell them in few tokens
-    sample += [record.reflection for name in names for record in negatives.make_records(lambda name=name: envs.make(name), 30, 0.5, args.seed)]
+    sample += [
+        record.reflection
+        for name in names
+        for record in negatives.make_records(lambda name=name: envs.make(name), 30, 0.5, args.seed)
+    ]
     tokenizer = train_tokenizer(sample, args.vocabulary)
     torch.manual_seed(args.seed)
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_embd=args.width, n_layer=args.layers, n_head=args.width // 32, n_positions=1024, bos_token_id=0,
-        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh")).to(args.device)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=args.width,
+            n_layer=args.layers,
+            n_head=args.width // 32,
+            n_positions=1024,
+            bos_token_id=0,
+            eos_token_id=0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            activation_function="gelu_pytorch_tanh",
+        )
+    ).to(args.device)
     schedule = Schedule(args.base_steps, args.base_batch, args.base_lr, warmup=100)
-    config = {key: getattr(args, key) for key in ("corpus_envs", "seed", "vocabulary", "width", "layers")} | dataclasses.asdict(schedule)
+    config = {
+        key: getattr(args, key) for key in ("corpus_envs", "seed", "vocabulary", "width", "layers")
+    } | dataclasses.asdict(schedule)
     resume_from = open_run(run, config, resume=True)
 
     def pairs(seed, numbers):  # (first token, the rest): every token but the first is predicted
-        return [(ids[:1], [*ids[1:], tokenizer.eos_token_id]) for ids in tokenizer(base_corpus(names, seed, numbers))["input_ids"]]
+        rows = tokenizer(base_corpus(names, seed, numbers))["input_ids"]
+        rows += [copying_exercise(random.Random(f"{seed}/copy/{i}"), len(tokenizer)) for i in numbers if i % 16 == 0]
+        return [(ids[:1], [*ids[1:], tokenizer.eos_token_id]) for ids in rows]
 
     def report():
         with torch.no_grad():
-            return {"valid_loss": completion_loss(model, *collate(pairs(f"valid/{args.seed}", range(90)), model.device)).item()}
+            return {
+                "valid_loss": completion_loss(
+                    model, *collate(pairs(f"valid/{args.seed}", range(90)), model.device)
+                ).item()
+            }
 
-    fit(model, model.parameters(), lambda step: pairs(args.seed, range(step * schedule.batch, (step + 1) * schedule.batch)), schedule, run,
-        write=lambda folder: None, bf16=args.bf16, resume_from=resume_from, report=report)
+    fit(
+        model,
+        model.parameters(),
+        lambda step: pairs(args.seed, range(step * schedule.batch, (step + 1) * schedule.batch)),
+        schedule,
+        run,
+        write=lambda folder: None,
+        bf16=args.bf16,
+        resume_from=resume_from,
+        report=report,
+    )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    print(f"{out}: {model.num_parameters():,} parameters, {schedule.steps * schedule.batch:,} documents, held-out loss {report()['valid_loss']:.4f}")
+    print(
+        f"{out}: {model.num_parameters():,} parameters, {schedule.steps * schedule.batch:,} documents, held-out loss {report()['valid_loss']:.4f}"
+    )
     for name in names:
         for beginning, share in reading_accuracy(model, tokenizer, name).items():
             print(f"  reads {name}: {beginning:40} {share:6.1%}")
@@ -319,9 +464,16 @@ def add_sft_options(parser):
     group = parser.add_argument_group("supervised stage")
     group.add_argument("--data", help="train on this JSONL file instead of the teacher's (see negatives.py)")
     group.add_argument("--reflect-steps", type=int, default=300, help="updates of the reflector (default: 300)")
-    group.add_argument("--policy-steps", type=int, default=150, help="updates of the policy; few, so that RL has entropy left (default: 150)")
+    group.add_argument(
+        "--policy-steps",
+        type=int,
+        default=150,
+        help="updates of the policy; few, so that RL has entropy left (default: 150)",
+    )
     group.add_argument("--batch", type=int, default=16, help="examples an update (default: 16)")
-    group.add_argument("--lr", type=float, default=2e-3, help="SFT learning rate (default: 2e-3; the paper's 2e-4 for large models)")
+    group.add_argument(
+        "--lr", type=float, default=2e-3, help="SFT learning rate (default: 2e-3; the paper's 2e-4 for large models)"
+    )
     group.add_argument("--rank", type=int, default=16, help="LoRA rank (default: 16, the paper's)")
     group.add_argument("--alpha", type=float, default=8, help="LoRA alpha (default: 8, the paper's)")
     group.add_argument("--max-reflection", type=int, default=96, help="token limit of a reflection (default: 96)")
@@ -331,10 +483,14 @@ def main():
     parser = argparse.ArgumentParser(description="Supervised fine-tuning of reflector and policy.", allow_abbrev=False)
     add_common_options(parser)
     add_sft_options(parser)
-    parser.add_argument("--stage", choices=("base", "reflect", "policy", "plain"), help="one stage only (default: reflect, then policy)")
+    parser.add_argument(
+        "--stage", choices=("base", "reflect", "policy", "plain"), help="one stage only (default: reflect, then policy)"
+    )
     group = parser.add_argument_group("base LM (--stage base)")
     group.add_argument("--out", default="models/new", help="where the new base LM goes (default: models/new)")
-    group.add_argument("--corpus-envs", default="taxi", help="environments whose random play is the corpus (default: taxi)")
+    group.add_argument(
+        "--corpus-envs", default="taxi", help="environments whose random play is the corpus (default: taxi)"
+    )
     group.add_argument("--vocabulary", type=int, default=768, help="most tokens (default: 768)")
     group.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 32 (default: 128)")
     group.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
