@@ -3,7 +3,17 @@
 import collections
 
 # Pairs of cells with a wall between them, read off the picture in Dietterich (2000), figure 1.
-WALLS = {frozenset(pair) for pair in (((0, 1), (0, 2)), ((1, 1), (1, 2)), ((3, 0), (3, 1)), ((4, 0), (4, 1)), ((3, 2), (3, 3)), ((4, 2), (4, 3)))}
+WALLS = {
+    frozenset(pair)
+    for pair in (
+        ((0, 1), (0, 2)),
+        ((1, 1), (1, 2)),
+        ((3, 0), (3, 1)),
+        ((4, 0), (4, 1)),
+        ((3, 2), (3, 3)),
+        ((4, 2), (4, 3)),
+    )
+}
 PLACES = {"R": (0, 0), "G": (0, 4), "Y": (4, 0), "B": (4, 3)}
 DIRECTIONS = {"south": (1, 0), "north": (-1, 0), "east": (0, 1), "west": (0, -1)}
 MENU = ("move south", "move north", "move east", "move west", "pick up the passenger", "drop off the passenger")
