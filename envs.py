@@ -54,7 +54,7 @@ class Env:
 
     def describe(self):
         """True, plain facts about the current state, no advice: `(beginning, rest)` pairs of sentences, such as
-        `("The taxi is at row", " 2 column 3.")`. The base LM is trained on them, and examined: can it finish the rest?"""
+        `("The taxi is at row", " 2 column 3.")`. Corpus and examination of the base LM."""
         return []
 
 
@@ -214,7 +214,7 @@ class DangerousTaxi(Env):
             places["passenger"] = LANDMARKS[passenger]
         facts = [
             ("The taxi is at row", f" {row} column {col}."),
-            ("The passenger is", " on board." if passenger == ON_BOARD else " waiting."),
+            ("The passenger is now", " on board." if passenger == ON_BOARD else " waiting."),
         ]
         for name, (r, c) in places.items():
             facts += [
@@ -262,7 +262,7 @@ ENVS = {"taxi": DangerousTaxi}
 
 
 def make(name, **options):
-    """An environment by its short name, or by `package.module:Class` for one of your own; options go to its constructor."""
+    """An environment by short name, or yours as `package.module:Class`; options go to its constructor."""
     if name in ENVS:
         cls = ENVS[name]
     elif ":" in name:

@@ -84,24 +84,29 @@ def row(name, actor, make_env, args):
     return {"name": name, "split": args.split, "sampled": sampled, "greedy": greedy}
 
 
+def rate(figures):
+    """The cells of a success rate: `["93.3%", "[89.7%, 95.7%]", "270"]`, dashes where there is none."""
+    if not figures:
+        return ["-", "-", "-"]
+    low, high = figures["interval"]
+    return [f"{figures['success']:.1%}", f"[{low:.1%}, {high:.1%}]", str(figures["episodes"])]
+
+
 def print_table(rows):
-    width = max(len(r["name"]) for r in rows)
+    """The rows as a Markdown table that can be read as it is."""
     print(
-        f"\n{rows[0]['split']} split; success in %, [95% Wilson interval]; n episodes; failed = ended badly by the environment"
+        f"\nSuccess on the {rows[0]['split']} split, 95% Wilson intervals; failed: ended badly by the environment\n"
     )
-    print(
-        f"{'':{width}}  {'sampled':>7} {'interval':>14} {'n':>5}  {'return':>6} {'length':>6} {'failed':>6}  {'greedy':>7} {'interval':>14} {'n':>5}"
-    )
+    lines = [["", "sampled", "interval", "n", "return", "length", "failed", "greedy", "interval", "n"]]
     for r in rows:
-        cells = []
-        for figures in (r["sampled"], r["greedy"]):
-            if figures:
-                low, high = figures["interval"]
-                cells.append(f"{figures['success']:7.1%} {f'[{low:.1%}, {high:.1%}]':>14} {figures['episodes']:5}")
         s = r["sampled"]
-        print(
-            f"{r['name']:{width}}  {cells[0]}  {s['return']:6.2f} {s['length']:6.1f} {s['failed']:6.1%}  {''.join(cells[1:])}"
-        )
+        middle = [f"{s['return']:.2f}", f"{s['length']:.1f}", f"{s['failed']:.1%}"]
+        lines.append([r["name"], *rate(s), *middle, *rate(r["greedy"])])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    for name, *cells in lines:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        print("| " + " | ".join([f"{name:{widths[0]}}", *padded]) + " |")
 
 
 def run_rows(run, args):

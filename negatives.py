@@ -98,7 +98,7 @@ def expert_steps(env, over):
 
 
 def perturbation(env, options, history, seed, rng):
-    """A useless action that does not end the episode and leaves the expert no nearer to its goal; None if there is none."""
+    """An action that neither ends the episode nor brings the expert nearer to its goal; None if there is none."""
     _, info, _ = replay(env, options, history, seed)
     here, candidates = expert_steps(env, False), list(range(len(info["actions"])))
     rng.shuffle(candidates)
@@ -252,7 +252,8 @@ def main():
         print(f"{record.state}\n# Analyze:\n{record.reflection}\n{ACTION_HEADER}{record.actions[record.action]}\n")
     negatives = len({r.trajectory for r in records if r.negative})
     print(
-        f"{out}: {len(records)} steps of {args.trajectories} trajectories, {args.trajectories - negatives} positive and {negatives} negative; "
+        f"{out}: {len(records)} steps of {args.trajectories} trajectories, "
+        f"{args.trajectories - negatives} positive and {negatives} negative; "
         f"{sum(r.mistake for r in records)} steps follow a mistake"
     )
 

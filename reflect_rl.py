@@ -50,6 +50,7 @@ NANO = Path(__file__).parent / "models" / "nano"
 
 
 ACTION_HEADER = "# Action:\n"
+LABELS = string.ascii_uppercase + string.ascii_lowercase + string.digits  # the labels to try first
 
 
 def reflector_prompt(state):
@@ -79,7 +80,7 @@ def action_labels(tokenizer, prompt=ACTION_HEADER):
         {token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha()}, key=lambda t: (len(t), t)
     )
     before, labels, ids = encode(tokenizer, prompt), [], []
-    for label in [*string.ascii_uppercase, *string.ascii_lowercase, *string.digits, *vocabulary]:
+    for label in [*LABELS, *vocabulary]:
         after = encode(tokenizer, prompt + label)
         if len(after) == len(before) + 1 and after[:-1] == before and after[-1] not in (*ids, tokenizer.unk_token_id):
             labels.append(label)
@@ -582,7 +583,7 @@ def write_atomically(path, text):
 
 
 def save_checkpoint(run, step, write, keep=2):
-    """`run/step-NNNNNN` filled by `write(folder)`, then renamed in; a kill at any moment leaves the older ones whole."""
+    """`run/step-NNNNNN` filled by `write(folder)`, then renamed in; a kill leaves the older ones whole."""
     final, temporary = Path(run) / f"step-{step:06d}", Path(run) / f".step-{step:06d}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -641,7 +642,7 @@ def open_run(run, config, resume=False):
 
 @contextlib.contextmanager
 def lock_run(run):
-    """Hold a run: a second process that wants to write it gets an error. The lock goes with the process, however it ends."""
+    """Hold a run: a second process that wants it gets an error. The lock goes with its process, however that ends."""
     import fcntl
 
     Path(run).mkdir(parents=True, exist_ok=True)

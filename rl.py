@@ -303,7 +303,7 @@ class Learner:
         return figures
 
     def minibatch(self, batch, chosen, entropy_bonus, sums):
-        """One optimizer step on the chosen steps of the batch, this rank's share in micro-batches; the gradient norm."""
+        """One optimizer step on the chosen steps, this rank's share in micro-batches; the gradient norm."""
         mine = sorted(
             chosen[rank() :: world()], key=lambda i: (len(batch.prompts[i]), batch.prompts[i])
         )  # equal prompts together
@@ -326,7 +326,8 @@ class Learner:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             if self.skipped_in_a_row == 5:
                 raise UserError(
-                    "five gradients in a row were not finite: try a smaller --rl-lr, or --bf16 off; the last checkpoint is good"
+                    "five gradients in a row were not finite: try a smaller --rl-lr, or --bf16 off; "
+                    "the last checkpoint is good"
                 )
         self.optimizer.zero_grad(set_to_none=True)
         return norms[0].item()
@@ -365,13 +366,13 @@ class Learner:
 
     @torch.no_grad()
     def approx_kl(self, batch, some):
-        """KL(before || after the update) in nats, estimated by E[ratio - 1 - log ratio] on some steps (Schulman 2020)."""
+        """KL(before || after the update) in nats: the mean of ratio - 1 - log ratio over some steps (Schulman 2020)."""
         log_probs = self.players.log_probs([batch.prompts[i] for i in some], [batch.counts[i] for i in some]).cpu()
         log_ratio = log_probs.gather(1, batch.action[some][:, None])[:, 0] - batch.old_log_prob[some]
         return (log_ratio.exp() - 1 - log_ratio).mean().item()
 
     def state(self):
-        """Everything that the next update depends on, but the adapters: a dict that `torch.load(weights_only=True)` reads."""
+        """All that the next update depends on, but the adapters; `torch.load(weights_only=True)` reads it."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "critic": self.critic.state_dict() if self.critic else None,
@@ -531,14 +532,17 @@ def report(run, progress, figures, episodes, bar, board, args):
             board.add_scalar(key, value, progress["episodes"])
     if "valid_success" in figures:
         tqdm.write(
-            f"update {step:4} {progress['stage']:8} training success {figures['success']:4.0%}, entropy {figures['entropy']:.2f}, "
-            f"valid success {figures['valid_success']:4.0%} of {figures['valid_episodes']}, {figures['episodes_per_s']:.1f} episodes/s"
+            f"update {step:4} {progress['stage']:8} training success {figures['success']:4.0%}, "
+            f"entropy {figures['entropy']:.2f}, "
+            f"valid success {figures['valid_success']:4.0%} of {figures['valid_episodes']}, "
+            f"{figures['episodes_per_s']:.1f} episodes/s"
         )
     if len({round(episode.total, 6) for episode in episodes}) == 1:
         tqdm.write(f"update {step}: every episode had the same return, there is nothing to learn from")
     if figures["entropy"] < 0.005 and figures["success"] < 0.9:
         tqdm.write(
-            f"update {step}: entropy {figures['entropy']:.4f}, the policy has stopped exploring; try a larger --entropy or shorter SFT"
+            f"update {step}: entropy {figures['entropy']:.4f}, the policy has stopped exploring; "
+            "try a larger --entropy or shorter SFT"
         )
     if args.show_every and step % args.show_every == 0:
         tqdm.write("\n".join(show_step(s) for s in episodes[0].steps))
@@ -673,9 +677,7 @@ def resolve(args):
         if getattr(args, key) is None:
             setattr(args, key, value)
     if not several and args.epochs * args.minibatches > 1:
-        raise UserError(
-            f"{args.algo} is on-policy: one gradient step a batch; use ppo or grpo for {args.epochs} x {args.minibatches}"
-        )
+        raise UserError(f"{args.algo} is on-policy: one gradient step a batch; ppo and grpo take several")
     if args.replay and grouped:
         raise UserError(f"{args.algo} compares episodes of one task; --replay goes with reinforce and ppo")
     if grouped and args.group < 2 or args.episodes % args.group:

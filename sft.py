@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import math
 import random
-import string
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ import envs
 import negatives
 from envs import UserError
 from reflect_rl import (
+    LABELS,
     Players,
     action_labels,
     adapter_parameters,
@@ -114,7 +114,7 @@ def fit(model, parameters, batch_at, schedule, run, write, bf16=False, resume_fr
     """Minimise `completion_loss` for `schedule.steps` updates; the mean of the last 20 losses.
 
     `batch_at(step)` gives the token-id pairs of an update as a function of the step alone, so a resumed run sees what
-    the uninterrupted one saw. `write(folder)` saves the trained weights into a checkpoint, `report()` the held-out figures.
+    the uninterrupted one saw. `write(folder)` puts the weights into a checkpoint, `report()` held-out figures.
     """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=0.01, betas=(0.9, 0.99))
@@ -311,7 +311,7 @@ def sft_run(args, stages):
         for split, path in paths.items()
     }
     print(
-        f"{folder}: {len(data['train'])} teacher steps of {args.trajectories} trajectories, a share {args.negatives:g} perturbed"
+        f"{folder}: {len(data['train'])} steps of {args.trajectories} trajectories, {args.negatives:.0%} perturbed"
     )
     for stage in stages:
         train_stage(stage, args, folder / stage, data["train"], data["valid"])
@@ -349,8 +349,8 @@ def base_corpus(names, seed, numbers):
     """The documents of a corpus with these numbers, the environments in turn; a function of its arguments alone."""
     return [
         negatives.corpus_document(
-            lambda: envs.make(names[i % len(names)]), random.Random(f"{seed}/{i}"), string.ascii_letters
-        )  # noqa: B023
+            functools.partial(envs.make, names[i % len(names)]), random.Random(f"{seed}/{i}"), LABELS
+        )
         for i in numbers
     ]
 
@@ -358,7 +358,7 @@ def base_corpus(names, seed, numbers):
 def copying_exercise(rng, vocabulary):
     """Random tokens, then the same again. It teaches to copy, and gives every token of the vocabulary an embedding of
     its own: those that play never shows would else collapse into one, and a frozen base could not tell them apart."""
-    return 2 * [rng.randrange(vocabulary) for _ in range(rng.randrange(8, 64))]
+    return 2 * [rng.randrange(vocabulary) for _ in range(rng.randrange(4, 24))]
 
 
 @torch.no_grad()
@@ -424,7 +424,7 @@ def train_base(args):
 
     def pairs(seed, numbers):  # (first token, the rest): every token but the first is predicted
         rows = tokenizer(base_corpus(names, seed, numbers))["input_ids"]
-        rows += [copying_exercise(random.Random(f"{seed}/copy/{i}"), len(tokenizer)) for i in numbers if i % 16 == 0]
+        rows += [copying_exercise(random.Random(f"{seed}/copy/{i}"), len(tokenizer)) for i in numbers if i % 4 == 0]
         return [(ids[:1], [*ids[1:], tokenizer.eos_token_id]) for ids in rows]
 
     def report():
@@ -449,7 +449,8 @@ def train_base(args):
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(
-        f"{out}: {model.num_parameters():,} parameters, {schedule.steps * schedule.batch:,} documents, held-out loss {report()['valid_loss']:.4f}"
+        f"{out}: {model.num_parameters():,} parameters, {schedule.steps * schedule.batch:,} documents, "
+        f"held-out loss {report()['valid_loss']:.4f}"
     )
     for name in names:
         for beginning, share in reading_accuracy(model, tokenizer, name).items():
@@ -494,7 +495,7 @@ def main():
     group.add_argument("--vocabulary", type=int, default=768, help="most tokens (default: 768)")
     group.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 32 (default: 128)")
     group.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
-    group.add_argument("--base-steps", type=int, default=1200, help="updates (default: 1200)")
+    group.add_argument("--base-steps", type=int, default=900, help="updates (default: 900)")
     group.add_argument("--base-batch", type=int, default=32, help="documents an update (default: 32)")
     group.add_argument("--base-lr", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
     args = parse_args(parser)
