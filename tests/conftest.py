@@ -128,7 +128,7 @@ def gpt2_model(vocabulary):
             n_embd=32,
             n_layer=2,
             n_head=4,
-            n_positions=512,
+            n_positions=1024,
             initializer_range=0.2,
             resid_pdrop=0.3,
             embd_pdrop=0.3,
@@ -287,3 +287,10 @@ def read_log(run, ignore=("episodes_per_s",)):
     """The lines of a run's log without the figures that depend on the clock."""
     lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ignore} for line in lines]
+
+
+def table_of(out):
+    """The rows of the last results table in an output, in order: `{name: [sampled, interval, n, return, ...]}`."""
+    lines = [line for line in out.rpartition("sampled")[2].splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: cells for name, *cells in rows if set(name) != {"-"}}

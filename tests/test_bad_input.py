@@ -94,25 +94,19 @@ def test_unknown_device(refused, tmp_path, bases):
     assert "abacus" in refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path), "--device", "abacus")
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        ("--updates", 0),
-        ("--episodes", 0),
-        ("--micro-batch", 0),
-        ("--save-every", 0),
-        ("--trajectories", 0),
-        ("--negatives", 1.5),
-        ("--negatives", -0.1),
-        ("--batch", 0),
-        ("--rank", 0),
-        ("--max-reflection", 0),
-        ("--reflect-steps", 0),
-        ("--policy-steps", 0),
-        ("--repeats", 0),
-        ("--eval-every", -1),
-    ],
+COUNTS = (
+    "--updates",
+    "--episodes",
+    "--micro-batch",
+    "--save-every",
+    "--trajectories",
+    "--batch",
+    "--rank",
+    "--repeats",
 )
+
+
+@pytest.mark.parametrize("option", [*((name, 0) for name in COUNTS), ("--negatives", 1.5), ("--negatives", -0.1)])
 def test_numbers_out_of_range(option, refused, tmp_path, bases):
     """Catches a ZeroDivisionError an hour into the run: refused before anything is trained."""
     assert option[0] in refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path / "runs"), *option)
@@ -172,7 +166,7 @@ def words_only_model(folder, eos="<end>"):
 class Crossroads(Corridor):
     """Corridor with more actions than any tokenizer here has labels for."""
 
-    actions = tuple(f"go way {i}" for i in range(300))
+    actions = tuple(f"go {i}" for i in range(130))
 
     def step(self, action):
         return super().step(min(action, 1))
@@ -184,7 +178,7 @@ def test_tokenizer_without_room_for_labels(script, refused, tmp_path, bases):
     options = {"sft": tiny_options, "rl": tiny_rl_options}[script](bases["gpt2"], tmp_path / "runs")
     options[1] = "test_bad_input:Crossroads"
     line = refused(SCRIPTS[script], *options)
-    assert "300" in line and str(len(make_players(bases["gpt2"]).labels)) in line
+    assert "130" in line and str(len(make_players(bases["gpt2"]).labels)) in line
     assert not list(tmp_path.rglob("adapter*"))
 
 
@@ -193,7 +187,7 @@ def test_tokenizer_without_any_label(refused, tmp_path):
     folder = words_only_model(tmp_path / "words")
     options = tiny_options(folder, tmp_path / "runs")
     options[1] = "test_bad_input:Crossroads"
-    assert "300" in refused(sft, *options)
+    assert "130" in refused(sft, *options)
 
 
 def test_tokenizer_without_end(refused, tmp_path):

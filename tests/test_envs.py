@@ -280,7 +280,10 @@ def test_facts_are_true():
         taxi, passenger, destination = maps.parse(state)
         facts = {beginning.strip(): rest.strip() for beginning, rest in env.describe()}
         assert facts["The taxi is at row"] == f"{taxi[0]} column {taxi[1]}."
-        assert facts["The passenger is"] == ("on board." if passenger is None else "waiting.")
+        assert ("on board." in facts.values(), "waiting." in facts.values()) == (
+            passenger is None,
+            passenger is not None,
+        )
         if envs.taxi_decode(task)[2] != envs.taxi_decode(task)[3]:  # else P covers D
             assert facts["The destination is at row"] == f"{destination[0]} column {destination[1]}."
         assert set(facts["Blocked:"].strip(".").split(", ")) == (maps.blocked(taxi) or {"nothing"})

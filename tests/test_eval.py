@@ -2,11 +2,10 @@
 
 import json
 import math
-import re
 import types
 
 import pytest
-from conftest import run_script, tiny_options
+from conftest import run_script, table_of, tiny_options
 from corridor import Corridor
 
 import eval as evaluation
@@ -106,34 +105,32 @@ def test_a_split_without_tasks_is_a_user_error():
         evaluation.evaluate(evaluation.random_actor, Empty)
 
 
-def numbers(line):
-    return [float(x) for x in re.findall(r"-?\d+\.?\d*", line)]
-
-
 def test_table_shows_the_figures(capsys):
     """Catches columns in another order than their headings: success, interval, n, return, length, failed; greedy."""
     args = types.SimpleNamespace(split="test", repeats=2)
-    rows = [
-        evaluation.row(name, actor, Corridor, args)
-        for name, actor in (("random", evaluation.random_actor), ("expert", evaluation.expert_actor))
-    ]
+    actors = {"random": evaluation.random_actor, "expert": evaluation.expert_actor}
+    rows = [evaluation.row(name, actor, Corridor, args) for name, actor in actors.items()]
     evaluation.print_table(rows)
     out = capsys.readouterr().out
-    assert "test split" in out and rows[0]["greedy"] is None
-    expert = numbers(next(line for line in out.splitlines() if line.startswith("expert")))
+    assert "test split" in out and list(table_of(out)) == ["random", "expert"]
     s = rows[1]["sampled"]
-    low, high = (round(100 * x, 1) for x in s["interval"])
-    assert (
-        expert[:7] == [100.0, low, high, 10, round(s["return"], 2), round(s["length"], 1), 0.0]
-        and expert[7] == 100.0
-        and expert[-1] == 5
-    )
+    low, high = s["interval"]
+    expected = [
+        "100.0%",
+        f"[{low:.1%}, {high:.1%}]",
+        "10",
+        f"{s['return']:.2f}",
+        f"{s['length']:.1f}",
+        "0.0%",
+        "100.0%",
+    ]
+    assert table_of(out)["expert"][:7] == expected and table_of(out)["expert"][-1] == "5"
+    assert rows[0]["greedy"] is None and table_of(out)["random"][-1] == "-", "a random actor has no greedy action"
 
 
 def test_table_of_all_runs(sft_runs, bases, capsys, monkeypatch):
     """`eval.py` on an SFT run: catches a run left out, and the ablation played with reflections."""
-    run_script(
-        evaluation,
+    options = [
         "--env",
         "corridor:Corridor",
         "--base",
@@ -144,11 +141,10 @@ def test_table_of_all_runs(sft_runs, bases, capsys, monkeypatch):
         1,
         "--bf16",
         "off",
-        monkeypatch=monkeypatch,
-    )
-    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "%]" in line or "100.0%" in line]
-    assert names[:2] == ["random", "expert"] or [n.strip() for n in names[:2]] == ["random", "expert"]
-    assert [n.strip() for n in names[2:]] == ["corridor-sft-s0 without reflection", "corridor-sft-s0 with reflection"]
+    ]
+    run_script(evaluation, *options, monkeypatch=monkeypatch)
+    sft = ["corridor-sft-s0 without reflection", "corridor-sft-s0 with reflection"]
+    assert list(table_of(capsys.readouterr().out)) == ["random", "expert", *sft]
 
 
 def test_base_is_taken_from_the_run(sft_runs, bases, capsys, monkeypatch):

@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 import re
-import string
 
 import maps
 import pytest
@@ -13,6 +12,7 @@ import pytest
 import envs
 import negatives
 from envs import UserError
+from reflect_rl import LABELS
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_the_three_forms(records):
 
 @pytest.fixture(scope="module")
 def corpus():
-    return [negatives.corpus_document(envs.DangerousTaxi, random.Random(i), string.ascii_letters) for i in range(400)]
+    return [negatives.corpus_document(envs.DangerousTaxi, random.Random(i), LABELS) for i in range(400)]
 
 
 def test_corpus_has_no_reflection(corpus):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -344,15 +345,13 @@ def test_reading_accuracy_is_measured(tokenizers, monkeypatch):
         def forward(self, ids, use_cache=False):  # predicts the true next token wherever the fact is on the passenger
             logits = torch.zeros(*ids.shape, len(tokenizer))
             for row, text in enumerate(tokenizer.batch_decode(ids)):
-                if (
-                    "The passenger is " in text.split(negatives.FACTS_HEADER)[1]
-                    and "at" not in text.split(negatives.FACTS_HEADER)[1].split(".")[0]
-                ):
+                if re.search(r"(on board|waiting)\.", text):
                     logits[row, range(ids.shape[1] - 1), ids[row, 1:]] = 1.0
             return type("Output", (), {"logits": logits})
 
     shares = sft.reading_accuracy(Knows(), tokenizer, "taxi", states=4)
-    assert shares.pop("The passenger is") == 1.0
+    [known] = [beginning for beginning in shares if re.fullmatch(r"The passenger is( now)?", beginning)]
+    assert shares.pop(known) == 1.0
     assert shares and not any(shares.values())
 
 
