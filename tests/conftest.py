@@ -128,7 +128,7 @@ def gpt2_model(vocabulary):
             n_embd=32,
             n_layer=2,
             n_head=4,
-            n_positions=1024,
+            n_positions=2048,
             initializer_range=0.2,
             resid_pdrop=0.3,
             embd_pdrop=0.3,
