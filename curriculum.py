@@ -25,9 +25,9 @@ class Stage:
 
 CURRICULA = {
     envs.DangerousTaxi: (
-        Stage("pickup", 0.1, {"mode": "pickup"}),
-        Stage("dropoff", 0.3, {"mode": "dropoff"}),
-        Stage("full", 0.6, {"mode": "full", "milestone": 0.5}),
+        Stage("pickup", 0.05, {"mode": "pickup"}),
+        Stage("dropoff", 0.15, {"mode": "dropoff"}),
+        Stage("full", 0.8, {"mode": "full", "milestone": 0.5}),
     ),
 }
 

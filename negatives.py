@@ -53,10 +53,10 @@ def reflect_on_taxi(env, mistake):
     aboard = passenger == envs.ON_BOARD
     name, (to_row, to_col) = "destination" if aboard else "passenger", env.target()
     return (
-        (f"To {env.last} was a mistake. " if mistake else "")
-        + f"The taxi is at row {row} column {col}. Blocked: {', '.join(env.blocked()) or 'nothing'}. "
-        + f"Passenger {'on board' if aboard else 'waiting'}. "
-        + f"Next goal: the {name} at row {to_row} column {to_col}, {envs.taxi_offset(row, col, to_row, to_col)}."
+        f"The taxi is at row {row} column {col}. Blocked: {', '.join(env.blocked()) or 'nothing'}. "
+        f"Passenger {'on board' if aboard else 'waiting'}. "
+        f"Next goal: the {name} at row {to_row} column {to_col}, {envs.taxi_offset(row, col, to_row, to_col)}."
+        + (f" To {env.last} was a mistake." if mistake else "")  # last: it follows from what comes before
     )
 
 
@@ -111,18 +111,23 @@ def perturbation(env, options, history, seed, rng):
 
 
 def trajectory(env, options, number, negative, seed):
-    """One expert trajectory as `Record`s; a negative one has a perturbation at a random step."""
+    """One expert trajectory as `Record`s; a negative one has perturbations at three random steps.
+
+    Three and not one, since a mistake is otherwise one step in thirty: a reflector that never spoke of mistakes was
+    right on 97% of the held-out states.
+    """
     rng, teacher = random.Random(seed), teacher_of(env)
     history, records, mistake = [], [], False
     state, info = env.reset(seed=seed, options=options)
-    when = rng.randrange(expert_steps(env, False)) if negative else -1
+    length = expert_steps(env, False)
+    when = set(rng.sample(range(length), min(3, length))) if negative else ()
     while True:
         state, info, over = replay(env, options, history, seed)
         if over:
             return records
         action = env.expert_action()
         records.append(Record(number, negative, mistake, state, teacher(env, mistake), list(info["actions"]), action))
-        detour = perturbation(env, options, history, seed, rng) if len(history) == when else None
+        detour = perturbation(env, options, history, seed, rng) if len(history) in when else None
         mistake = detour is not None
         history.append(detour if mistake else action)
 

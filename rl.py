@@ -610,7 +610,7 @@ def add_rl_options(parser):
     group.add_argument("--updates", type=int, default=80, help="batches of episodes (default: 80)")
     group.add_argument("--episodes", type=int, default=32, help="episodes a batch (default: 32)")
     group.add_argument(
-        "--rl-lr", type=float, default=7e-4, help="peak learning rate; falls linearly to a fifth (default: 7e-4)"
+        "--rl-lr", type=float, default=1.5e-3, help="peak learning rate; falls linearly to a fifth (default: 1.5e-3)"
     )
     group.add_argument("--warmup", type=int, default=10, help="updates over which it rises first (default: 10)")
     group.add_argument("--entropy", type=float, default=0.02, help="entropy bonus; falls linearly to 0 (default: 0.02)")
