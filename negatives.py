@@ -148,6 +148,17 @@ def write_records(records, path):
     write_atomically(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
 
 
+def checked_record(record):
+    """The record, if its fields are what they should be; a file may come from anywhere."""
+    if not isinstance(record.state, str) or not isinstance(record.reflection, str):
+        raise ValueError("state and reflection must be texts")
+    if not isinstance(record.actions, list) or not all(isinstance(action, str) for action in record.actions):
+        raise ValueError("actions must be a list of texts")
+    if not isinstance(record.action, int) or not 0 <= record.action < len(record.actions):
+        raise ValueError(f"action must be an index of the {len(record.actions)} actions, not {record.action!r}")
+    return record
+
+
 def read_records(path):
     """The records of a JSONL file; a malformed line is named by its number."""
     try:
@@ -157,9 +168,8 @@ def read_records(path):
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = Record(**json.loads(line))
-            record.actions[record.action]
-        except (ValueError, TypeError, IndexError) as error:
+            record = checked_record(Record(**json.loads(line)))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
         records.append(record)
     if not records:
@@ -238,8 +248,6 @@ def add_data_options(parser):
 
 
 def check_data_options(args):
-    if args.trajectories < 1:
-        raise UserError(f"--trajectories must be at least 1, not {args.trajectories}")
     if not 0 <= args.negatives <= 1:
         raise UserError(f"--negatives is a share from 0 to 1, not {args.negatives}")
 

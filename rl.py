@@ -379,6 +379,7 @@ class Learner:
             "buffer": [dataclasses.asdict(episode) for episode in self.buffer],
             "skipped": self.skipped,
             "memo": dict(self.players.memo),
+            "counters": [self.players.hits, self.players.misses, self.players.cuts],
         }  # texts, not to be made again: other batch mates might round differently
 
     def load_state(self, state):
@@ -388,6 +389,7 @@ class Learner:
         self.buffer.extend(Episode(**(e | {"steps": tuple(Step(**s) for s in e["steps"])})) for e in state["buffer"])
         self.skipped = state["skipped"]
         self.players.memo.update(state["memo"])
+        self.players.hits, self.players.misses, self.players.cuts = state["counters"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -479,7 +481,9 @@ def train(args, sft_adapters):
                     )
             if stop:
                 sys.exit(f"stopped after update {step + 1}; go on with --resume")
-        if rank() == 0:
+        if (
+            rank() == 0 and not (run / "policy" / "adapter_config.json").is_file()
+        ):  # a finished run is not written again
             save_players(players, run)
     return run
 
@@ -684,9 +688,6 @@ def resolve(args):
         raise UserError(
             f"--group {args.group}: {args.algo} needs groups of at least 2 that divide --episodes {args.episodes}"
         )
-    for key in ("updates", "episodes", "save_every", "micro_batch"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
 
 
 def join_processes(args):

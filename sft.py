@@ -258,6 +258,7 @@ def train_stage(stage, args, folder, records, valid, resume=True):
     add_adapter(model, name, args.rank, args.alpha)
     use_adapter(model, name)
     players = Players(model, tokenizer, bf16=args.bf16, max_reflection=args.max_reflection)
+    players.require_labels(max(len(record.actions) for record in records))
     pairs = tokenized(tokenizer, negatives.sft_examples(records, stage, players.labels), stage)
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
     if longest > players.context:
