@@ -169,12 +169,14 @@ class Batch:
     action: torch.Tensor
     old_log_prob: torch.Tensor
     advantage: torch.Tensor
+    replayed: torch.Tensor  # whether a step was played by an earlier policy
     returns: torch.Tensor | None = None  # the critic's targets
     old_value: torch.Tensor | None = None
 
 
-def make_batch(learner, episodes, args):
-    """Prompts, actions and advantages of a list of episodes."""
+def make_batch(learner, fresh, args, replayed=()):
+    """Prompts, actions and advantages of the fresh episodes and of those that are replayed."""
+    episodes = [*fresh, *replayed]
     steps = [step for episode in episodes for step in episode.steps]
     prompts = [learner.players.prompt(step.state, step.reflection, step.actions) for step in steps]
     returns = values = None
@@ -197,6 +199,7 @@ def make_batch(learner, episodes, args):
         torch.tensor([step.action for step in steps]),
         torch.tensor([step.log_prob for step in steps]),
         advantage,
+        torch.arange(len(steps)) >= sum(len(episode.steps) for episode in fresh),
         returns,
         values,
     )
@@ -288,7 +291,7 @@ class Learner:
                 norm = self.minibatch(batch, order[start : start + size], args.entropy * left, sums)
                 sums["grad_norm"] += norm
                 sums["gradient_steps"] += 1
-            approx_kl = self.approx_kl(batch, order[:128])
+            approx_kl = self.approx_kl(batch, [i for i in order if not batch.replayed[i]][:128])
             if args.target_kl and approx_kl > 1.5 * args.target_kl:
                 break
         figures = {key: sums[key] / sums["steps"] for key in ("entropy", "clip_fraction", "kl_sft") if key in sums}
@@ -345,7 +348,7 @@ class Learner:
         if args.algo in ("ppo", "grpo"):
             loss = ppo_loss(log_prob, old, advantage, mask, args.clip_ratio)
         else:  # the weight is 1 for fresh steps, and min(1, pi/mu) for replayed ones
-            weight = ratio.clamp(max=1.0) if args.replay else 1.0
+            weight = torch.where(on_device(batch.replayed), ratio.clamp(max=1.0), 1.0)
             loss = policy_gradient_loss(log_prob, advantage * weight, mask)
         bits = entropy(log_probs)
         loss = loss - entropy_bonus * bits.mean()
@@ -459,7 +462,7 @@ def train(args, sft_adapters):
             chosen = random.Random(f"{args.seed}/tasks/{step}").choices(tasks, k=args.episodes // args.group)
             chosen = [task for task in chosen for _ in range(args.group)]
             episodes = play_together(players, make_env, chosen, stage.options, args.seed, step * args.episodes)
-            batch = make_batch(learner, episodes + replayed(learner, args, step), args)
+            batch = make_batch(learner, episodes, args, replayed(learner, args, step))
             figures = learner.update(batch, step, left=1 - step / args.updates)
             learner.buffer.extend(episode for episode in episodes if args.replay and episode.success)
             progress = {"step": step + 1, "episodes": progress["episodes"] + len(episodes), "stage": stage.name}
