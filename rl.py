@@ -207,13 +207,14 @@ def make_batch(learner, fresh, args, replayed=()):
 
 def critic_advantages(learner, episodes, prompts, args):
     """GAE of all steps, flat, with the critic's targets and its values before the update."""
-    cut = [episode for episode in episodes if episode.steps[-1].truncated]
+    out_of_time = [e.steps[-1].truncated and not e.steps[-1].terminated for e in episodes]
+    cut = [episode for episode, cut_off in zip(episodes, out_of_time, strict=True) if cut_off]
     after = learner.values(learner.final_prompts(cut)).tolist() if cut else []
     values, bootstraps = learner.values(prompts), iter(after)
     advantage, start = [], 0
-    for episode in episodes:
+    for episode, cut_off in zip(episodes, out_of_time, strict=True):
         end = start + len(episode.steps)
-        bootstrap = next(bootstraps) if episode.steps[-1].truncated else 0.0
+        bootstrap = next(bootstraps) if cut_off else 0.0
         rewards = [step.reward for step in episode.steps]
         advantage += gae(rewards, values[start:end].tolist(), bootstrap, args.gamma, args.gae_lambda)
         start = end
