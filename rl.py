@@ -192,7 +192,7 @@ def make_batch(learner, fresh, args, replayed=()):
             advantage = [a for a, episode in zip(per_episode, episodes, strict=True) for _ in episode.steps]
     advantage = torch.tensor(advantage)
     if args.algo != "grpo":  # GRPO's are standardised by group
-        advantage = (advantage - advantage.mean() * (args.algo == "ppo")) / (advantage.std() + 1e-6)
+        advantage = (advantage - advantage.mean() * (args.algo == "ppo")) / (advantage.std(correction=0) + 1e-6)
     return Batch(
         prompts,
         [len(step.actions) for step in steps],
@@ -302,7 +302,7 @@ class Learner:
             "skipped": self.skipped,
         }
         if self.critic:
-            unexplained = (batch.returns - batch.old_value).var() / (batch.returns.var() + 1e-8)
+            unexplained = (batch.returns - batch.old_value).var(correction=0) / (batch.returns.var(correction=0) + 1e-8)
             figures["explained_variance"] = 1 - unexplained.item()
         return figures
 
