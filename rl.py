@@ -242,6 +242,17 @@ def gathered(share):
     return [shares[i % world()][i // world()] for i in range(sum(map(len, shares)))]
 
 
+def summed(counter):
+    """A counter added up over the ranks, each of which saw its share."""
+    shares = [counter] * world()
+    if world() > 1:
+        dist.all_gather_object(shares, counter)
+    total = collections.Counter()
+    for share in shares:
+        total.update(share)
+    return total
+
+
 class Learner:
     """What is trained: the policy's adapter and, for PPO, a critic. The reflector and the base are frozen."""
 
@@ -295,6 +306,7 @@ class Learner:
             approx_kl = self.approx_kl(batch, [i for i in order if not batch.replayed[i]][:128])
             if args.target_kl and approx_kl > 1.5 * args.target_kl:
                 break
+        sums = summed(sums)
         figures = {key: sums[key] / sums["steps"] for key in ("entropy", "clip_fraction", "kl_sft") if key in sums}
         figures |= {
             "approx_kl": approx_kl,
@@ -507,12 +519,13 @@ def summarise(players, episodes, figures, seconds):
     """The figures of an update; each is of the whole batch of fresh episodes."""
     found = evaluation.summary(episodes)
     kept = {key: found[key] for key in ("success", "return", "length", "failed")}
+    seen = summed(collections.Counter(hits=players.hits, misses=players.misses, cuts=players.cuts))
     return (
         kept
         | figures
         | {
-            "cache_hits": players.hits / max(1, players.hits + players.misses),
-            "cut_reflections": players.cuts,
+            "cache_hits": seen["hits"] / max(1, seen["hits"] + seen["misses"]),
+            "cut_reflections": seen["cuts"],
             "episodes_per_s": len(episodes) / seconds,
         }
     )
