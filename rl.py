@@ -393,7 +393,8 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "critic": self.critic.state_dict() if self.critic else None,
             "buffer": [dataclasses.asdict(episode) for episode in self.buffer],
-            "skipped": self.skipped,
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "counts": [self.players.hits, self.players.misses, self.players.cuts],
             "memo": dict(self.players.memo),
         }  # texts, not to be made again: other batch mates might round differently
 
@@ -402,7 +403,8 @@ class Learner:
         if self.critic:
             self.critic.load_state_dict(state["critic"])
         self.buffer.extend(Episode(**(e | {"steps": tuple(Step(**s) for s in e["steps"])})) for e in state["buffer"])
-        self.skipped = state["skipped"]
+        self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.players.hits, self.players.misses, self.players.cuts = state["counts"]
         self.players.memo.update(state["memo"])
 
 
