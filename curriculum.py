@@ -1,8 +1,8 @@
-"""Task-specific curricula: a run's updates divided into stages (paper, section 4.4).
+"""Task-specific curricula: a run's updates divided into stages (the paper's "curriculum learning").
 
 A stage is a set of reset options: which part of the task is played, and which milestone is paid. DangerousTaxi learns
-to pick up, then to drop off, then the full trip with a reward at pickup. Deviation: the paper advances by hand; here
-each stage has a share of the updates, so that a curriculum means the same for a budget of 5 updates and of 500.
+to pick up, then to drop off, then the full trip with a reward at pickup. Each
+stage has a share of the updates, so that a curriculum means the same for a budget of 5 updates and of 500.
 
 An environment of your own brings a curriculum as an attribute: `curriculum = [("easy", 0.3, {"level": 1}), ...]`.
 

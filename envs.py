@@ -9,8 +9,7 @@ reward. The signature is Gymnasium's, without the dependency:
 `terminated` means that the task itself ended (well or badly), `truncated` that the horizon was reached.
 `info["success"]` is the environment's own verdict; nobody should infer it from the return.
 
-DangerousTaxi (paper, section 5.2) is Gymnasium's Taxi-v3 in which any useless move is fatal. Deviation: the
-paper does not give its map text; ours is Taxi-v3's own with five letters laid over it (see `DangerousTaxi`).
+DangerousTaxi is Gymnasium's Taxi-v3 in which any useless move is fatal, shown as a map of characters.
 
     python envs.py --env taxi              # play it by hand
 """
@@ -35,6 +34,7 @@ class Env:
     """
 
     horizon = 30  # steps after which an episode is truncated
+    rules = ()  # what is true of every state, in sentences; corpus of the base LM only
 
     def reset(self, *, seed=None, options=None):
         """Start an episode: `(state, info)`. `seed` reseeds the env's own RNG; `options["task"]` names the task."""
@@ -125,6 +125,13 @@ class DangerousTaxi(Env):
     Horizon 30: the longest shortest trip is 18 moves, so an agent can still recover from half a dozen detours.
     """
 
+    rules = (
+        "Passenger waiting: the taxi has to pick up the passenger at P.",
+        "Passenger on board: the taxi is shown as X and has to bring the passenger to D.",
+        "Next goal of a trip: first the passenger, next the destination.",
+        "To move into a wall was a mistake.",
+        "To pick up the passenger or to drop off the passenger in the wrong place was a mistake.",
+    )
     actions = ("move south", "move north", "move east", "move west", "pick up the passenger", "drop off the passenger")
     modes = ("full", "pickup", "dropoff")
 

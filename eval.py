@@ -1,4 +1,4 @@
-"""Evaluation: success rates with intervals on a fixed panel, baselines, tables, curves (paper, section 5).
+"""Evaluation: success rates with intervals on a fixed panel, baselines, tables, curves.
 
 One panel a split, the same for everything that is compared: every task of the split, played `--repeats` times when
 actions are sampled (temperature 1), once when they are greedy. Success is the environment's own verdict. Intervals are
@@ -94,9 +94,7 @@ def rate(figures):
 
 def print_table(rows):
     """The rows as a Markdown table that can be read as it is."""
-    print(
-        f"\nSuccess on the {rows[0]['split']} split, 95% Wilson intervals; failed: ended badly by the environment\n"
-    )
+    print(f"\nSuccess on the {rows[0]['split']} split, 95% Wilson intervals; failed: ended badly by the environment\n")
     lines = [["", "sampled", "interval", "n", "return", "length", "failed", "greedy", "interval", "n"]]
     for r in rows:
         s = r["sampled"]
@@ -121,7 +119,7 @@ def run_rows(run, args):
             adapters = find(run)
         except UserError:
             continue
-        args.base = config["base"]
+        args.env, args.env_option, args.base = config["env"], config["env_option"], config["base"]
         rows.append(row(name, load_players(args, adapters), env_factory(args), args))
     return rows
 

@@ -1,4 +1,4 @@
-"""Teacher data: optimal and perturbed trajectories, and the reflections on them (paper, section 4.2).
+"""Teacher data: optimal and perturbed trajectories, and the reflections on them (the paper's "negative examples").
 
 A teacher that only ever saw good play cannot teach repair. So some trajectories are perturbed: at a random step the
 agent takes a useless but not fatal action, and goes on from the worse state. The reflector learns to notice the
@@ -207,11 +207,14 @@ def corpus_document(make_env, rng, labels):
     """
     env = make_env()
     state, info = random_walk(env, rng, rng.randrange(20))
-    facts = env.describe()
-    sentences = " ".join(beginning + rest for beginning, rest in rng.sample(facts, len(facts)))
+    sentences = [beginning + rest for beginning, rest in env.describe()]
+    sentences += rng.sample(getattr(env, "rules", ()), min(1, len(getattr(env, "rules", ()))))
+    rng.shuffle(sentences)
     menu = rng.sample(range(len(info["actions"])), len(info["actions"]))
     pick = rng.randrange(len(menu))
-    prompt = policy_prompt(f"{state}\n{FACTS_HEADER}{sentences}", None, [info["actions"][i] for i in menu], labels)
+    prompt = policy_prompt(
+        f"{state}\n{FACTS_HEADER}{' '.join(sentences)}", None, [info["actions"][i] for i in menu], labels
+    )
     after, *_ = env.step(menu[pick])
     return f"{prompt}{labels[pick]}\n{after.splitlines()[-1]}"
 

@@ -1,4 +1,4 @@
-"""The two players: prompts, LoRA by hand, one-token action scoring, reflections, play (paper, sections 3 and 4).
+"""The two players: prompts, LoRA by hand, one-token action scoring, reflections, play.
 
 One frozen LM carries two LoRA adapters. The reflector (`reflect`) continues a state with a short reflection; the
 policy (`policy`) reads state, reflection and the enumerated actions, and answers with ONE token, an action's label.
@@ -11,9 +11,8 @@ Nothing here trains: `sft.py` and `rl.py` do, through `Players.log_probs` and th
     label           a_2       one-token name of an action; output of player 2, the policy pi_theta
     log_prob                  log pi_theta(a_2 | s, a_1)
 
-Deviations: the paper gives each player its own LM; ours are two adapters on one base, so two players cost hardly more
-memory than one. The paper masks nothing but the listed labels either, but does not fix their spelling; we search the
-tokenizer for labels that really are one token.
+Deviations: the paper's players start from one pretrained LM and part; ours stay on it as two adapters, so two players
+cost hardly more memory than one. We search the tokenizer for labels that really are one token behind a prompt.
 
     python reflect_rl.py --env taxi        # play one episode, show every prompt, reflection and probability
 """
@@ -128,7 +127,7 @@ def lora_layers(model):
 def add_adapter(model, name, r=16, alpha=8, targets=None):
     """Add a named adapter to every linear layer but the LM head, or to those whose last name is in `targets`.
 
-    The first call freezes the base and wraps its layers; r 16 and alpha 8 are the paper's (section 5).
+    The first call freezes the base and wraps its layers; r 16 and alpha 8 are the paper's.
     """
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):

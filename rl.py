@@ -1,4 +1,4 @@
-"""The online stage: the reflector is frozen, the policy learns by policy gradient (paper, section 4.3 and algorithm 1).
+"""The online stage: the reflector is frozen, the policy learns by policy gradient.
 
     repeat: play a batch of episodes        r_t, log pi(a_t | s_t, reflection_t, A(s_t))
             advantages A_t                  how much better than a baseline the rest of the episode went (see below)
@@ -115,7 +115,7 @@ def group_advantages(returns, groups, leave_one_out):
 
 
 def policy_gradient_loss(log_prob, advantage, mask):
-    """REINFORCE (paper, equation 3): minus the mean of A log pi over the steps that count."""
+    """REINFORCE (Williams 1992): minus the mean of A log pi over the steps that count."""
     return -(log_prob * advantage * mask).sum() / mask.sum()
 
 
@@ -295,7 +295,7 @@ class Learner:
         args, sums = self.args, collections.Counter()
         warm = min(1.0, (step + 1) / max(1, args.warmup))
         for group, peak in zip(self.optimizer.param_groups, self.peak, strict=True):
-            group["lr"] = peak * warm * max(left, 0.1)
+            group["lr"] = peak * warm * (0.2 + 0.8 * left)
         for epoch in range(args.epochs):
             order = random.Random(f"{args.seed}/{step}/{epoch}").sample(range(len(batch.prompts)), len(batch.prompts))
             size = -(-len(order) // args.minibatches)
@@ -461,7 +461,7 @@ def start_run(args, run, sft_adapters):
 
 
 def train(args, sft_adapters):
-    """Algorithm 1: play, update, log, evaluate, save, `args.updates` times. Returns the run's folder."""
+    """The loop above, `args.updates` times: play, update, log, evaluate, save. Returns the run's folder."""
     run, make_env = Path(args.runs) / run_name(args), env_factory(args)
     with lock_run(run) if rank() == 0 else contextlib.nullcontext(), stop_signals() as stopping:
         players, learner, progress = start_run(args, run, sft_adapters)
@@ -630,13 +630,13 @@ def add_rl_options(parser):
         default="reinforce",
         help="see the top of rl.py (default: reinforce)",
     )
-    group.add_argument("--updates", type=int, default=60, help="batches of episodes (default: 60)")
+    group.add_argument("--updates", type=int, default=80, help="batches of episodes (default: 80)")
     group.add_argument("--episodes", type=int, default=32, help="episodes a batch (default: 32)")
     group.add_argument(
-        "--rl-lr", type=float, default=1e-3, help="peak learning rate; falls linearly to a tenth (default: 1e-3)"
+        "--rl-lr", type=float, default=7e-4, help="peak learning rate; falls linearly to a fifth (default: 7e-4)"
     )
-    group.add_argument("--warmup", type=int, default=0, help="updates over which the learning rate rises (default: 0)")
-    group.add_argument("--entropy", type=float, default=0.03, help="entropy bonus; falls linearly to 0 (default: 0.03)")
+    group.add_argument("--warmup", type=int, default=10, help="updates over which it rises first (default: 10)")
+    group.add_argument("--entropy", type=float, default=0.02, help="entropy bonus; falls linearly to 0 (default: 0.02)")
     group.add_argument("--gamma", type=float, default=0.97, help="discount (default: 0.97)")
     group.add_argument("--clip", type=float, default=0.3, help="largest gradient norm (default: 0.3, the paper's)")
     group.add_argument("--kl", type=float, default=0.0, help="weight of the exact KL to the SFT policy (default: 0)")
