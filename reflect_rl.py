@@ -661,8 +661,11 @@ def read_config(run):
 
 
 def log_line(run, **values):
-    with (Path(run) / "log.jsonl").open("a") as file:
-        file.write(json.dumps(values) + "\n")
+    try:
+        with (Path(run) / "log.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {run}/log.jsonl: {error.strerror}; the last checkpoint is good") from None
 
 
 def find_adapters(run):
