@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -502,7 +503,7 @@ def train(args, sft_adapters):
             if stop:
                 sys.exit(f"stopped after update {step + 1}; go on with --resume")
         if rank() == 0:
-            save_players(players, run)
+            finish(players, run)
     return run
 
 
@@ -579,6 +580,16 @@ def save_run(players, learner, progress, folder):
 def save_players(players, folder):
     for name in ("reflect", "policy") if players.reflection else ("policy",):
         save_adapter(players.model, name, folder / name)
+
+
+def finish(players, run):
+    """Write the final adapters, the policy last: where it is, the run is done, and nothing is written over it."""
+    if (run / "policy" / "adapter_config.json").is_file():
+        return
+    try:
+        save_players(players, run)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot save the final adapters in {run}: {error}; the last checkpoint is good") from None
 
 
 def tensorboard(run, args):
