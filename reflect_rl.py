@@ -192,7 +192,7 @@ def save_adapter(model, name, folder):
         "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")  # last: the adapter is whole
 
 
 def load_adapter(model, name, folder):
@@ -594,7 +594,7 @@ def save_checkpoint(run, step, write, keep=2):
                     os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError, UserError, safetensors.SafetensorError) as error:  # torch reports a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot save {final}: {str(error).splitlines()[0]}; older checkpoints are untouched") from None
     for old in checkpoints(run)[:-keep]:
