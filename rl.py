@@ -24,6 +24,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import os
 import random
 import signal
@@ -728,7 +729,8 @@ def join_processes(args):
     if "WORLD_SIZE" not in os.environ:
         return
     on_gpu = torch.device(args.device).type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    # the others wait while rank 0 runs SFT or an evaluation, which may take longer than the default 10 minutes
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=2))
     if on_gpu:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
