@@ -719,7 +719,7 @@ def resolve(args):
         raise UserError(
             f"--group {args.group}: {args.algo} needs groups of at least 2 that divide --episodes {args.episodes}"
         )
-    for key in ("updates", "episodes", "save_every", "micro_batch"):
+    for key in ("updates", "episodes", "save_every", "micro_batch", "keep"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
 
