@@ -112,7 +112,7 @@ def rl_args(*options):
     sft.add_sft_options(parser)
     rl.add_rl_options(parser)
     evaluation.add_panel_options(parser.add_argument_group("evaluation"))
-    args = parser.parse_args(["--device", "cpu", *map(str, options)])
+    args = parser.parse_args(["--device", "cpu", "--warmup", "0", "--rl-lr", "1e-3", *map(str, options)])
     args.bf16 = False
     rl.resolve(args)
     return args
