@@ -594,7 +594,8 @@ def save_checkpoint(run, step, write, keep=2):
                     os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-    except (OSError, RuntimeError, UserError, safetensors.SafetensorError) as error:  # torch reports a full disk as RuntimeError
+    # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError, UserError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot save {final}: {str(error).splitlines()[0]}; older checkpoints are untouched") from None
     for old in checkpoints(run)[:-keep]:

@@ -447,10 +447,8 @@ def start_run(args, run, sft_adapters):
         box = [checkpoint]
         dist.broadcast_object_list(box)
         checkpoint = box[0]
-    if checkpoint:  # not the finished adapters of the run: a kill may have left them half written
-        adapters = {name: checkpoint / name for name in sft_adapters}
-    else:
-        adapters = sft_adapters
+    # adapters and optimizer of one moment: not the run's final adapters, which may be half written
+    adapters = {name: checkpoint / name for name in sft_adapters} if checkpoint else sft_adapters
     players = load_players(args, adapters, max_reflection=args.max_reflection)
     if args.kl:
         load_adapter(players.model, "sft", sft_adapters["policy"])
