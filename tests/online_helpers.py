@@ -1,4 +1,4 @@
-"""What the tests of the online stage share: a tiny environment, a tiny random start, and runs in processes of their own.
+"""What the tests of the online stage share: a tiny environment, a tiny random start, runs in their own processes.
 
 Runs start from a fork server that has imported everything once: a process costs milliseconds instead of seconds.
 """
@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import sys
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def run_options(base, runs, *more):
 # Runs in a process of their own
 
 
-def train_in_this_process(options, adapters, output, environment, die_at_file_operation):
+def train_in_this_process(options, adapters, output, environment, die_at_file_operation, file_limit):
     """The body of such a process: the online stage alone, on one thread, its output in a file."""
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -138,6 +139,8 @@ def train_in_this_process(options, adapters, output, environment, die_at_file_op
     args = rl_args(*options)
     rl.join_processes(args)
     torch.set_num_threads(1)
+    if file_limit:  # bytes; the kernel refuses more, and Python and Rust see an OSError, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if die_at_file_operation:
         kill_at_file_operation(die_at_file_operation, args.runs)
     envs.run_main(lambda: rl.train(args, adapters))
@@ -156,14 +159,14 @@ def kill_at_file_operation(number, folder):
     sys.addaudithook(count)
 
 
-def start_process(options, adapters, output, environment=None, die_at_file_operation=0):
+def start_process(options, adapters, output, environment=None, die_at_file_operation=0, file_limit=0):
     """Start such a process and return it; `exitcode` is -9 after a kill."""
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # for the fork server, which outlives a fixture
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["online_helpers"])
     process = context.Process(
         target=train_in_this_process,
-        args=(options, adapters, str(output), environment or {}, die_at_file_operation),
+        args=(options, adapters, str(output), environment or {}, die_at_file_operation, file_limit),
     )
     process.start()
     return process

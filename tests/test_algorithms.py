@@ -161,7 +161,7 @@ def test_ppo_at_ratio_one_is_reinforce():
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.19, 1.21, 2.0])
 @pytest.mark.parametrize("advantage", [-1.5, 1.5])
 def test_clipping_kills_the_gradient_only_where_it_went_far_enough(ratio, advantage):
-    """No gradient beyond the clip in the direction of the advantage; full gradient elsewhere. Bug: maximum for minimum."""
+    """No gradient beyond the clip on the advantage's side; all of it elsewhere. Bug: maximum for minimum."""
     log_prob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
     one = torch.ones(1, dtype=torch.float64)
     rl.ppo_loss(log_prob, 0 * one, advantage * one, one, clip=0.2).backward()
@@ -196,7 +196,7 @@ def test_entropy_and_kl_have_finite_gradients():
 
 
 def test_critic_loss_is_clipped_around_the_old_value():
-    """By hand, clip 0.5, old value 0, target 2: 0.25 is within, 1 is beyond (no gradient), -1 is beyond the wrong way."""
+    """Clip 0.5, old value 0, target 2: 0.25 is within, 1 is beyond (no gradient), -1 went the wrong way."""
     value = torch.tensor([0.25, 1.0, -1.0], requires_grad=True)
     loss = rl.critic_loss(value, torch.zeros(3), torch.full((3,), 2.0), clip=0.5)
     loss.backward()
@@ -213,7 +213,7 @@ def policy_weights(learner):
 
 
 def test_the_critic_never_moves_the_policy(base, walks):
-    """Bug: its loss reaches the LoRA weights through the features. With no advantage and no bonus only it has a loss."""
+    """Bug: its loss reaches the LoRA weights through the features. Without advantage and bonus it is the only loss."""
     learner, _ = make_learner(base, "--algo", "ppo", "--entropy", 0)
     batch = rl.make_batch(learner, walks, learner.args)
     batch.advantage.zero_()
@@ -225,7 +225,7 @@ def test_the_critic_never_moves_the_policy(base, walks):
 
 @pytest.mark.parametrize("micro_batch", [1, 7])
 def test_the_first_ratio_is_one(micro_batch, base, walks):
-    """Rollout and update score the same prompt with other batch mates and other padding. Bug: left padding that shows."""
+    """Rollout and update score a prompt with other batch mates and other padding. Bug: left padding that shows."""
     learner, players = make_learner(base, "--algo", "ppo")
     batch = rl.make_batch(learner, walks, learner.args)
     assert len(set(map(len, batch.prompts))) > 3, "all prompts are equally long: padding is not tested"
@@ -283,7 +283,7 @@ def gradients_by_hand(learner, batch, bonus, kl_weight, clip_ratio=0.2):
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_micro_batches_give_the_gradient_of_the_large_batch(algo, base, walks):
-    """Against one prompt at a time. Bugs: means of unequal micro-batches averaged, a term scaled wrongly, a wrong row."""
+    """Against one prompt at a time. Bugs: means of unequal parts averaged, a term scaled wrongly, a wrong row."""
     found = {}
     for micro_batch in (1, 3, 1000):
         options = ("--algo", algo, "--kl", 0.5, "--micro-batch", micro_batch, "--clip-value", 100)
@@ -302,7 +302,7 @@ def test_micro_batches_give_the_gradient_of_the_large_batch(algo, base, walks):
 
 
 def test_fresh_steps_have_weight_one_and_replayed_ones_at_most_one(base, walks):
-    """REINFORCE with replay: pi/mu, cut at 1, for replayed steps only. Bug: rounding, or bf16, reweights fresh steps."""
+    """REINFORCE with replay: pi/mu, cut at 1, for replayed steps only. Bug: bf16 rounding reweights fresh steps."""
     old = [e for e in walks if e.success][:2]
     fresh = [e for e in walks if not e.success]
     learner, players = make_learner(base, "--replay", 2, "--entropy", 0, "--clip", 1e9)
@@ -361,7 +361,7 @@ def test_approx_kl_by_hand(base, walks):
 
 
 def test_explained_variance_by_hand(base, walks):
-    """1 of a perfect critic, 0 of a constant one. Bug: the values after the update, or the variance of the wrong thing."""
+    """1 of a perfect critic, 0 of a constant one. Bug: the values after the update, or the wrong variance."""
     learner, _ = make_learner(base, "--algo", "ppo")
     batch = rl.make_batch(learner, walks, learner.args)
     assert learner.update(batch, 0, 1.0)["explained_variance"] == pytest.approx(0.0, abs=1e-5)  # a new critic says 0
@@ -384,5 +384,7 @@ def test_players_and_learner_agree_on_what_is_trained(base):
     trained = {name for name, p in players.model.named_parameters() if p.requires_grad}
     assert trained and all(name.endswith(".policy") for name in trained)
     in_optimizer = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
-    expected = {id(p) for p in players.model.parameters() if p.requires_grad} | {id(p) for p in learner.critic.parameters()}
+    expected = {id(p) for p in players.model.parameters() if p.requires_grad} | {
+        id(p) for p in learner.critic.parameters()
+    }
     assert in_optimizer == expected
