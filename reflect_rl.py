@@ -545,7 +545,7 @@ def parse_args(parser):
     models, but with LoRA on the nano base the casts cost more than the products save (14k tokens/s against 21k).
     """
     args = parser.parse_args()
-    counts = ("updates", "episodes", "save_every", "micro_batch", "trajectories", "batch", "rank", "repeats")
+    counts = ("updates", "episodes", "save_every", "keep", "micro_batch", "trajectories", "batch", "rank", "repeats")
     for key in counts:
         if getattr(args, key, 1) < 1:
             raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
@@ -614,7 +614,8 @@ def save_checkpoint(run, step, write, keep=2):
                     os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch reports a full disk as RuntimeError
+    # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError, UserError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot save {final}: {str(error).splitlines()[0]}; older checkpoints are untouched") from None
     for old in checkpoints(run)[:-keep]:
@@ -681,8 +682,11 @@ def read_config(run):
 
 
 def log_line(run, **values):
-    with (Path(run) / "log.jsonl").open("a") as file:
-        file.write(json.dumps(values) + "\n")
+    try:
+        with (Path(run) / "log.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {run}/log.jsonl: {error.strerror}; the last checkpoint is good") from None
 
 
 def find_adapters(run):
