@@ -240,10 +240,8 @@ def corpus():
 def test_corpus_has_no_reflection(corpus):
     """Catches teacher text in the base LM: then what SFT adds would not be SFT's."""
     for document in corpus:
-        assert not re.search(
-            r"# Analyze|Next goal: the|To (move \w+|pick up the passenger|drop off the passenger) was a mistake|Passenger (on board|waiting)\.",
-            document,
-        ), document
+        said = r"# Analyze|Next goal: the|To (move \w+|pick up the passenger|drop off the passenger) was a mistake"
+        assert not re.search(said + r"|Passenger (on board|waiting)\.", document), document
 
 
 def test_corpus_has_no_expert_label(corpus):
