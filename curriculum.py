@@ -1,8 +1,8 @@
-"""Task-specific curricula: a run's updates divided into stages (paper, section 4.4).
+"""Task-specific curricula: a run's updates divided into stages (the paper's "curriculum learning").
 
 A stage is a set of reset options and of tasks: which part of the task is played, which milestone is paid, how deep
 the tasks go. DangerousTaxi learns to pick up, then to drop off, then the full trip with a reward at pickup; AutoExplore
-takes shallow files before deep ones; ALFWorld pays milestones at first. Deviation: the paper advances by hand; here each
+takes shallow files before deep ones; ALFWorld pays milestones at first. Each
 stage has a share of the updates, so that a curriculum means the same for a budget of 5 updates and of 500.
 
 An environment of your own brings a curriculum as an attribute: `curriculum = [("easy", 0.3, {"level": 1}), ...]`.
@@ -42,11 +42,10 @@ def depth_stages(depths, merge_first=1, merge_tail=2):
 
 CURRICULA = {
     envs.DangerousTaxi: lambda env: (
-        Stage("pickup", 0.1, {"mode": "pickup"}),
-        Stage("dropoff", 0.3, {"mode": "dropoff"}),
-        Stage("full", 0.6, {"mode": "full", "milestone": 0.5}),
+        Stage("pickup", 0.05, {"mode": "pickup"}),
+        Stage("dropoff", 0.15, {"mode": "dropoff"}),
+        Stage("full", 0.8, {"mode": "full", "milestone": 0.5}),
     ),
-    envs.ALFWorld: lambda env: (Stage("milestones", 0.5, {"milestone": 0.2}), Stage("all", 0.5)),
     envs.ALFWorld: lambda env: (Stage("milestones", 0.5, {"milestone": 0.2}), Stage("all", 0.5)),
     envs.AutoExplore: lambda env: depth_stages(task["depth"] for task in env.tasks("train")),
 }

@@ -9,13 +9,12 @@ reward. The signature is Gymnasium's, without the dependency:
 `terminated` means that the task itself ended (well or badly), `truncated` that the horizon was reached.
 `info["success"]` is the environment's own verdict; nobody should infer it from the return.
 
-DangerousTaxi (paper, section 5.2) is Gymnasium's Taxi-v3 in which any useless move is fatal. Deviation: the
-paper does not give its map text; ours is Taxi-v3's own with five letters laid over it (see `DangerousTaxi`).
+DangerousTaxi is Gymnasium's Taxi-v3 in which any useless move is fatal, shown as a map of characters.
 
-AutoExplore (section 5.1): walk through a directory tree to the file that answers a question. Deviations: the tree is
+AutoExplore: walk through a directory tree to the file that answers a question. Deviations: the tree is
 read into memory once, and nothing is executed or written; the state shows what has been seen here, not all history.
 
-ALFWorld (section 5.3) is played on a built-in engine that speaks its language on rooms drawn from a seed, or on the
+ALFWorld is played on a built-in engine that speaks its language on rooms drawn from a seed, or on the
 real one. Deviation: the state is not the history but notes of it (see `ALFWorld`), so that it repeats and stays short.
 
     python envs.py --env taxi              # play it by hand; or autoexplore, alfworld
@@ -51,6 +50,7 @@ class Env:
 
     horizon = 30  # steps after which an episode is truncated
     training = {}  # reset options of training episodes and teacher data (augmentation); evaluation has none
+    rules = ()  # what is true of every state, in sentences; corpus of the base LM only
 
     def reset(self, *, seed=None, options=None):
         """Start an episode: `(state, info)`. `seed` reseeds the env's own RNG; `options["task"]` names the task."""
@@ -141,6 +141,13 @@ class DangerousTaxi(Env):
     Horizon 30: the longest shortest trip is 18 moves, so an agent can still recover from half a dozen detours.
     """
 
+    rules = (
+        "Passenger waiting: the taxi has to pick up the passenger at P.",
+        "Passenger on board: the taxi is shown as X and has to bring the passenger to D.",
+        "Next goal of a trip: first the passenger, next the destination.",
+        "To move into a wall was a mistake.",
+        "To pick up the passenger or to drop off the passenger in the wrong place was a mistake.",
+    )
     actions = ("move south", "move north", "move east", "move west", "pick up the passenger", "drop off the passenger")
     modes = ("full", "pickup", "dropoff")
 
@@ -741,7 +748,7 @@ def generated_files(rng, words, department, thing, count, place=None):
 
 
 class AutoExplore(Env):
-    """Find the file of a directory tree that answers a question (paper, section 5.1).
+    """Find the file of a directory tree that answers a question.
 
     A task is a dict: `question`, `targets` (paths with `/`), `root` (see `tree_of`), and for the curriculum and the
     reader `depth` (0: a file of the root directory) and `path` (optimal action texts). Identifying a file ends the

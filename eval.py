@@ -1,4 +1,4 @@
-"""Evaluation: success rates with intervals on a fixed panel, baselines, tables, curves (paper, section 5).
+"""Evaluation: success rates with intervals on a fixed panel, baselines, tables, curves.
 
 One panel a split, the same for everything that is compared: every task of the split, played `--repeats` times when
 actions are sampled (temperature 1), once when they are greedy. Success is the environment's own verdict. Intervals are
@@ -119,7 +119,7 @@ def run_rows(run, args):
             adapters = find(run)
         except UserError:
             continue
-        args.base = config["base"]
+        args.env, args.env_option, args.base = config["env"], config["env_option"], config["base"]
         rows.append(row(name, load_players(args, adapters), env_factory(args), args))
     return rows
 
@@ -213,6 +213,8 @@ def main():
     )
     for run in runs:
         rows += run_rows(run, args)
+    if not rows:
+        raise UserError(f"{args.run} holds no policy yet: it was stopped before its first checkpoint")
     print_table(rows)
 
 

@@ -1,4 +1,4 @@
-"""Teacher data: optimal and perturbed trajectories, and the reflections on them (paper, section 4.2).
+"""Teacher data: optimal and perturbed trajectories, and the reflections on them (the paper's "negative examples").
 
 A teacher that only ever saw good play cannot teach repair. So some trajectories are perturbed: at a random step the
 agent takes a useless but not fatal action, and goes on from the worse state. The reflector learns to notice the
@@ -53,10 +53,10 @@ def reflect_on_taxi(env, mistake):
     aboard = passenger == envs.ON_BOARD
     name, (to_row, to_col) = "destination" if aboard else "passenger", env.target()
     return (
-        (f"To {env.last} was a mistake. " if mistake else "")
-        + f"The taxi is at row {row} column {col}. Blocked: {', '.join(env.blocked()) or 'nothing'}. "
-        + f"Passenger {'on board' if aboard else 'waiting'}. "
-        + f"Next goal: the {name} at row {to_row} column {to_col}, {envs.taxi_offset(row, col, to_row, to_col)}."
+        f"The taxi is at row {row} column {col}. Blocked: {', '.join(env.blocked()) or 'nothing'}. "
+        f"Passenger {'on board' if aboard else 'waiting'}. "
+        f"Next goal: the {name} at row {to_row} column {to_col}, {envs.taxi_offset(row, col, to_row, to_col)}."
+        + (f" To {env.last} was a mistake." if mistake else "")  # last: it follows from what comes before
     )
 
 
@@ -232,18 +232,23 @@ def perturbation(env, options, history, seed, rng):
 
 
 def trajectory(env, options, number, negative, seed):
-    """One expert trajectory as `Record`s; a negative one has a perturbation at a random step."""
+    """One expert trajectory as `Record`s; a negative one has perturbations at three random steps.
+
+    Three and not one, since a mistake is otherwise one step in thirty: a reflector that never spoke of mistakes was
+    right on 97% of the held-out states.
+    """
     rng, teacher = random.Random(seed), teacher_of(env)
     history, records, mistake = [], [], False
     state, info = env.reset(seed=seed, options=options)
-    when = rng.randrange(expert_steps(env, False)) if negative else -1
+    length = expert_steps(env, False)
+    when = set(rng.sample(range(length), min(3, length))) if negative else ()
     while True:
         state, info, over = replay(env, options, history, seed)
         if over:
             return records
         action = env.expert_action()
         records.append(Record(number, negative, mistake, state, teacher(env, mistake), list(info["actions"]), action))
-        detour = perturbation(env, options, history, seed, rng) if len(history) == when else None
+        detour = perturbation(env, options, history, seed, rng) if len(history) in when else None
         mistake = detour is not None
         history.append(detour if mistake else action)
 
@@ -270,6 +275,17 @@ def write_tasks(tasks, path):
     write_atomically(path, "".join(json.dumps(task) + "\n" for task in tasks))
 
 
+def checked_record(record):
+    """The record, if its fields are what they should be; a file may come from anywhere."""
+    if not isinstance(record.state, str) or not isinstance(record.reflection, str):
+        raise ValueError("state and reflection must be texts")
+    if not isinstance(record.actions, list) or not all(isinstance(action, str) for action in record.actions):
+        raise ValueError("actions must be a list of texts")
+    if not isinstance(record.action, int) or not 0 <= record.action < len(record.actions):
+        raise ValueError(f"action must be an index of the {len(record.actions)} actions, not {record.action!r}")
+    return record
+
+
 def read_records(path):
     """The records of a JSONL file; a malformed line is named by its number."""
     try:
@@ -279,9 +295,8 @@ def read_records(path):
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = Record(**json.loads(line))
-            record.actions[record.action]
-        except (ValueError, TypeError, IndexError) as error:
+            record = checked_record(Record(**json.loads(line)))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
         records.append(record)
     if not records:
@@ -334,11 +349,14 @@ def corpus_document(make_env, rng, labels):
     """
     env = make_env()
     state, info = random_walk(env, rng, rng.randrange(20))
-    facts = env.describe()
-    sentences = " ".join(beginning + rest for beginning, rest in rng.sample(facts, len(facts)))
+    sentences = [beginning + rest for beginning, rest in env.describe()]
+    sentences += rng.sample(getattr(env, "rules", ()), min(1, len(getattr(env, "rules", ()))))
+    rng.shuffle(sentences)
     menu = rng.sample(range(len(info["actions"])), len(info["actions"]))
     pick = rng.randrange(len(menu))
-    prompt = policy_prompt(f"{state}\n{FACTS_HEADER}{sentences}", None, [info["actions"][i] for i in menu], labels)
+    prompt = policy_prompt(
+        f"{state}\n{FACTS_HEADER}{' '.join(sentences)}", None, [info["actions"][i] for i in menu], labels
+    )
     after, *_ = env.step(menu[pick])
     return f"{prompt}{labels[pick]}\n{after.splitlines()[-1]}"
 
@@ -357,8 +375,6 @@ def add_data_options(parser):
 
 
 def check_data_options(args):
-    if args.trajectories < 1:
-        raise UserError(f"--trajectories must be at least 1, not {args.trajectories}")
     if not 0 <= args.negatives <= 1:
         raise UserError(f"--negatives is a share from 0 to 1, not {args.negatives}")
 

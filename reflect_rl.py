@@ -1,4 +1,4 @@
-"""The two players: prompts, LoRA by hand, one-token action scoring, reflections, play (paper, sections 3 and 4).
+"""The two players: prompts, LoRA by hand, one-token action scoring, reflections, play.
 
 One frozen LM carries two LoRA adapters. The reflector (`reflect`) continues a state with a short reflection; the
 policy (`policy`) reads state, reflection and the enumerated actions, and answers with ONE token, an action's label.
@@ -11,9 +11,8 @@ Nothing here trains: `sft.py` and `rl.py` do, through `Players.log_probs` and th
     label           a_2       one-token name of an action; output of player 2, the policy pi_theta
     log_prob                  log pi_theta(a_2 | s, a_1)
 
-Deviations: the paper gives each player its own LM; ours are two adapters on one base, so two players cost hardly more
-memory than one. The paper masks nothing but the listed labels either, but does not fix their spelling; we search the
-tokenizer for labels that really are one token.
+Deviations: the paper's players start from one pretrained LM and part; ours stay on it as two adapters, so two players
+cost hardly more memory than one. We search the tokenizer for labels that really are one token behind a prompt.
 
     python reflect_rl.py --env taxi        # play one episode, show every prompt, reflection and probability
 """
@@ -128,7 +127,7 @@ def lora_layers(model):
 def add_adapter(model, name, r=16, alpha=8, targets=None):
     """Add a named adapter to every linear layer but the LM head, or to those whose last name is in `targets`.
 
-    The first call freezes the base and wraps its layers; r 16 and alpha 8 are the paper's (section 5).
+    The first call freezes the base and wraps its layers; r 16 and alpha 8 are the paper's.
     """
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
@@ -193,7 +192,7 @@ def save_adapter(model, name, folder):
         "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")  # last: it says "complete"
 
 
 def load_adapter(model, name, folder):
@@ -239,6 +238,8 @@ def load_base(path="nano", device="cpu", dtype=torch.float32):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is no causal LM with a tokenizer: {str(error).splitlines()[0]}") from None
+    if not encode(tokenizer, ACTION_HEADER):
+        raise UserError(f"{path} holds no tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no end-of-text token, which ends a reflection")
     return model.eval(), tokenizer  # eval(): dropout stays off in every stage, LoRA has none
@@ -278,9 +279,12 @@ class Players:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def require_labels(self, count):
+        if count > len(self.labels):
+            raise UserError(f"{count} actions, but this tokenizer has only {len(self.labels)} one-token labels")
+
     def prompt(self, state, reflection, actions):
-        if len(actions) > len(self.labels):
-            raise UserError(f"{len(actions)} actions, but this tokenizer has only {len(self.labels)} one-token labels")
+        self.require_labels(len(actions))
         return policy_prompt(state, reflection, actions, self.labels)
 
     def left_pad(self, prompts, room=0):
@@ -544,7 +548,15 @@ def parse_args(parser):
     """
     args = parser.parse_args()
     args.env_option += [[key, os.path.abspath(path)] for key in ("repos", "games") if (path := getattr(args, key))]
-    on_gpu = torch.device(args.device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    counts = ("updates", "episodes", "save_every", "keep", "micro_batch", "trajectories", "batch", "rank", "repeats")
+    for key in counts:
+        if getattr(args, key, 1) < 1:
+            raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise UserError(f"unknown device {args.device!r}: cpu, cuda, cuda:1, mps, ...") from None
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.bf16 = args.bf16 == "on" or (args.bf16 == "auto" and on_gpu)
     return args
 
@@ -585,6 +597,13 @@ def write_atomically(path, text):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
 def save_checkpoint(run, step, write, keep=2):
     """`run/step-NNNNNN` filled by `write(folder)`, then renamed in; a kill leaves the older ones whole."""
     final, temporary = Path(run) / f"step-{step:06d}", Path(run) / f".step-{step:06d}"
@@ -598,7 +617,8 @@ def save_checkpoint(run, step, write, keep=2):
                     os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch reports a full disk as RuntimeError
+    # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError, UserError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot save {final}: {str(error).splitlines()[0]}; older checkpoints are untouched") from None
     for old in checkpoints(run)[:-keep]:
@@ -618,7 +638,7 @@ def open_run(run, config, resume=False):
     """
     run, path = Path(run), Path(run) / "config.json"
     if not path.exists():
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         write_atomically(path, json.dumps(config, indent=2) + "\n")
         return None
     if not resume:
@@ -648,7 +668,7 @@ def lock_run(run):
     """Hold a run: a second process that wants it gets an error. The lock goes with its process, however that ends."""
     import fcntl
 
-    Path(run).mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     with (Path(run) / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -665,8 +685,11 @@ def read_config(run):
 
 
 def log_line(run, **values):
-    with (Path(run) / "log.jsonl").open("a") as file:
-        file.write(json.dumps(values) + "\n")
+    try:
+        with (Path(run) / "log.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {run}/log.jsonl: {error.strerror}; the last checkpoint is good") from None
 
 
 def find_adapters(run):

@@ -1,4 +1,4 @@
-"""The online stage: the reflector is frozen, the policy learns by policy gradient (paper, section 4.3 and algorithm 1).
+"""The online stage: the reflector is frozen, the policy learns by policy gradient.
 
     repeat: play a batch of episodes        r_t, log pi(a_t | s_t, reflection_t, A(s_t))
             advantages A_t                  how much better than a baseline the rest of the episode went (see below)
@@ -24,6 +24,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import os
 import random
 import signal
@@ -33,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -115,7 +117,7 @@ def group_advantages(returns, groups, leave_one_out):
 
 
 def policy_gradient_loss(log_prob, advantage, mask):
-    """REINFORCE (paper, equation 3): minus the mean of A log pi over the steps that count."""
+    """REINFORCE (Williams 1992): minus the mean of A log pi over the steps that count."""
     return -(log_prob * advantage * mask).sum() / mask.sum()
 
 
@@ -169,12 +171,14 @@ class Batch:
     action: torch.Tensor
     old_log_prob: torch.Tensor
     advantage: torch.Tensor
+    replayed: torch.Tensor  # whether a step was played by an earlier policy
     returns: torch.Tensor | None = None  # the critic's targets
     old_value: torch.Tensor | None = None
 
 
-def make_batch(learner, episodes, args):
-    """Prompts, actions and advantages of a list of episodes."""
+def make_batch(learner, fresh, args, replayed=()):
+    """Prompts, actions and advantages of the fresh episodes and of those that are replayed."""
+    episodes = [*fresh, *replayed]
     steps = [step for episode in episodes for step in episode.steps]
     prompts = [learner.players.prompt(step.state, step.reflection, step.actions) for step in steps]
     returns = values = None
@@ -190,13 +194,14 @@ def make_batch(learner, episodes, args):
             advantage = [a for a, episode in zip(per_episode, episodes, strict=True) for _ in episode.steps]
     advantage = torch.tensor(advantage)
     if args.algo != "grpo":  # GRPO's are standardised by group
-        advantage = (advantage - advantage.mean() * (args.algo == "ppo")) / (advantage.std() + 1e-6)
+        advantage = (advantage - advantage.mean() * (args.algo == "ppo")) / (advantage.std(correction=0) + 1e-6)
     return Batch(
         prompts,
         [len(step.actions) for step in steps],
         torch.tensor([step.action for step in steps]),
         torch.tensor([step.log_prob for step in steps]),
         advantage,
+        torch.arange(len(steps)) >= sum(len(episode.steps) for episode in fresh),
         returns,
         values,
     )
@@ -204,13 +209,14 @@ def make_batch(learner, episodes, args):
 
 def critic_advantages(learner, episodes, prompts, args):
     """GAE of all steps, flat, with the critic's targets and its values before the update."""
-    cut = [episode for episode in episodes if episode.steps[-1].truncated]
+    out_of_time = [e.steps[-1].truncated and not e.steps[-1].terminated for e in episodes]
+    cut = [episode for episode, cut_off in zip(episodes, out_of_time, strict=True) if cut_off]
     after = learner.values(learner.final_prompts(cut)).tolist() if cut else []
     values, bootstraps = learner.values(prompts), iter(after)
     advantage, start = [], 0
-    for episode in episodes:
+    for episode, cut_off in zip(episodes, out_of_time, strict=True):
         end = start + len(episode.steps)
-        bootstrap = next(bootstraps) if episode.steps[-1].truncated else 0.0
+        bootstrap = next(bootstraps) if cut_off else 0.0
         rewards = [step.reward for step in episode.steps]
         advantage += gae(rewards, values[start:end].tolist(), bootstrap, args.gamma, args.gae_lambda)
         start = end
@@ -236,6 +242,17 @@ def gathered(share):
     shares = [None] * world()
     dist.all_gather_object(shares, share)
     return [shares[i % world()][i // world()] for i in range(sum(map(len, shares)))]
+
+
+def summed(counter):
+    """A counter added up over the ranks, each of which saw its share."""
+    shares = [counter] * world()
+    if world() > 1:
+        dist.all_gather_object(shares, counter)
+    total = collections.Counter()
+    for share in shares:
+        total.update(share)
+    return total
 
 
 class Learner:
@@ -280,7 +297,7 @@ class Learner:
         args, sums = self.args, collections.Counter()
         warm = min(1.0, (step + 1) / max(1, args.warmup))
         for group, peak in zip(self.optimizer.param_groups, self.peak, strict=True):
-            group["lr"] = peak * warm * max(left, 0.1)
+            group["lr"] = peak * warm * (0.2 + 0.8 * left)
         for epoch in range(args.epochs):
             order = random.Random(f"{args.seed}/{step}/{epoch}").sample(range(len(batch.prompts)), len(batch.prompts))
             size = -(-len(order) // args.minibatches)
@@ -288,9 +305,10 @@ class Learner:
                 norm = self.minibatch(batch, order[start : start + size], args.entropy * left, sums)
                 sums["grad_norm"] += norm
                 sums["gradient_steps"] += 1
-            approx_kl = self.approx_kl(batch, order[:128])
+            approx_kl = self.approx_kl(batch, [i for i in order if not batch.replayed[i]][:128])
             if args.target_kl and approx_kl > 1.5 * args.target_kl:
                 break
+        sums = summed(sums)
         figures = {key: sums[key] / sums["steps"] for key in ("entropy", "clip_fraction", "kl_sft") if key in sums}
         figures |= {
             "approx_kl": approx_kl,
@@ -298,7 +316,7 @@ class Learner:
             "skipped": self.skipped,
         }
         if self.critic:
-            unexplained = (batch.returns - batch.old_value).var() / (batch.returns.var() + 1e-8)
+            unexplained = (batch.returns - batch.old_value).var(correction=0) / (batch.returns.var(correction=0) + 1e-8)
             figures["explained_variance"] = 1 - unexplained.item()
         return figures
 
@@ -345,7 +363,7 @@ class Learner:
         if args.algo in ("ppo", "grpo"):
             loss = ppo_loss(log_prob, old, advantage, mask, args.clip_ratio)
         else:  # the weight is 1 for fresh steps, and min(1, pi/mu) for replayed ones
-            weight = ratio.clamp(max=1.0) if args.replay else 1.0
+            weight = torch.where(on_device(batch.replayed), ratio.clamp(max=1.0), 1.0)
             loss = policy_gradient_loss(log_prob, advantage * weight, mask)
         bits = entropy(log_probs)
         loss = loss - entropy_bonus * bits.mean()
@@ -377,7 +395,8 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "critic": self.critic.state_dict() if self.critic else None,
             "buffer": [dataclasses.asdict(episode) for episode in self.buffer],
-            "skipped": self.skipped,
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "counts": [self.players.hits, self.players.misses, self.players.cuts],
             "memo": dict(self.players.memo),
         }  # texts, not to be made again: other batch mates might round differently
 
@@ -386,7 +405,8 @@ class Learner:
         if self.critic:
             self.critic.load_state_dict(state["critic"])
         self.buffer.extend(Episode(**(e | {"steps": tuple(Step(**s) for s in e["steps"])})) for e in state["buffer"])
-        self.skipped = state["skipped"]
+        self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.players.hits, self.players.misses, self.players.cuts = state["counts"]
         self.players.memo.update(state["memo"])
 
 
@@ -427,7 +447,9 @@ def start_run(args, run, sft_adapters):
         box = [checkpoint]
         dist.broadcast_object_list(box)
         checkpoint = box[0]
-    players = load_players(args, find_adapters(run) if checkpoint else sft_adapters, max_reflection=args.max_reflection)
+    # adapters and optimizer of one moment: not the run's final adapters, which may be half written
+    adapters = {name: checkpoint / name for name in sft_adapters} if checkpoint else sft_adapters
+    players = load_players(args, adapters, max_reflection=args.max_reflection)
     if args.kl:
         load_adapter(players.model, "sft", sft_adapters["policy"])
     learner = Learner(players, args)
@@ -439,7 +461,7 @@ def start_run(args, run, sft_adapters):
 
 
 def train(args, sft_adapters):
-    """Algorithm 1: play, update, log, evaluate, save, `args.updates` times. Returns the run's folder."""
+    """The loop above, `args.updates` times: play, update, log, evaluate, save. Returns the run's folder."""
     run, make_env = Path(args.runs) / run_name(args), env_factory(args)
     with lock_run(run) if rank() == 0 else contextlib.nullcontext(), stop_signals() as stopping:
         players, learner, progress = start_run(args, run, sft_adapters)
@@ -461,7 +483,7 @@ def train(args, sft_adapters):
             )
             chosen = [task for task in chosen for _ in range(args.group)]
             episodes = play_together(players, make_env, chosen, stage.options, args.seed, step * args.episodes)
-            batch = make_batch(learner, episodes + replayed(learner, args, step), args)
+            batch = make_batch(learner, episodes, args, replayed(learner, args, step))
             figures = learner.update(batch, step, left=1 - step / args.updates)
             learner.buffer.extend(episode for episode in episodes if args.replay and episode.success)
             progress = {"step": step + 1, "episodes": progress["episodes"] + len(episodes), "stage": stage.name}
@@ -482,7 +504,7 @@ def train(args, sft_adapters):
             if stop:
                 sys.exit(f"stopped after update {step + 1}; go on with --resume")
         if rank() == 0:
-            save_players(players, run)
+            finish(players, run)
     return run
 
 
@@ -505,12 +527,13 @@ def summarise(players, episodes, figures, seconds):
     """The figures of an update; each is of the whole batch of fresh episodes."""
     found = evaluation.summary(episodes)
     kept = {key: found[key] for key in ("success", "return", "length", "failed")}
+    seen = summed(collections.Counter(hits=players.hits, misses=players.misses, cuts=players.cuts))
     return (
         kept
         | figures
         | {
-            "cache_hits": players.hits / max(1, players.hits + players.misses),
-            "cut_reflections": players.cuts,
+            "cache_hits": seen["hits"] / max(1, seen["hits"] + seen["misses"]),
+            "cut_reflections": seen["cuts"],
             "episodes_per_s": len(episodes) / seconds,
         }
     )
@@ -558,6 +581,16 @@ def save_run(players, learner, progress, folder):
 def save_players(players, folder):
     for name in ("reflect", "policy") if players.reflection else ("policy",):
         save_adapter(players.model, name, folder / name)
+
+
+def finish(players, run):
+    """Write the final adapters, the policy last: where it is, the run is done, and nothing is written over it."""
+    if (run / "policy" / "adapter_config.json").is_file():
+        return
+    try:
+        save_players(players, run)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot save the final adapters in {run}: {error}; the last checkpoint is good") from None
 
 
 def tensorboard(run, args):
@@ -609,13 +642,13 @@ def add_rl_options(parser):
         default="reinforce",
         help="see the top of rl.py (default: reinforce)",
     )
-    group.add_argument("--updates", type=int, default=60, help="batches of episodes (default: 60)")
+    group.add_argument("--updates", type=int, default=80, help="batches of episodes (default: 80)")
     group.add_argument("--episodes", type=int, default=32, help="episodes a batch (default: 32)")
     group.add_argument(
-        "--rl-lr", type=float, default=1e-3, help="peak learning rate; falls linearly to a tenth (default: 1e-3)"
+        "--rl-lr", type=float, default=1.5e-3, help="peak learning rate; falls linearly to a fifth (default: 1.5e-3)"
     )
-    group.add_argument("--warmup", type=int, default=0, help="updates over which the learning rate rises (default: 0)")
-    group.add_argument("--entropy", type=float, default=0.03, help="entropy bonus; falls linearly to 0 (default: 0.03)")
+    group.add_argument("--warmup", type=int, default=10, help="updates over which it rises first (default: 10)")
+    group.add_argument("--entropy", type=float, default=0.02, help="entropy bonus; falls linearly to 0 (default: 0.02)")
     group.add_argument("--gamma", type=float, default=0.97, help="discount (default: 0.97)")
     group.add_argument("--clip", type=float, default=0.3, help="largest gradient norm (default: 0.3, the paper's)")
     group.add_argument("--kl", type=float, default=0.0, help="weight of the exact KL to the SFT policy (default: 0)")
@@ -686,9 +719,6 @@ def resolve(args):
         raise UserError(
             f"--group {args.group}: {args.algo} needs groups of at least 2 that divide --episodes {args.episodes}"
         )
-    for key in ("updates", "episodes", "save_every", "micro_batch"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
 
 
 def join_processes(args):
@@ -696,7 +726,8 @@ def join_processes(args):
     if "WORLD_SIZE" not in os.environ:
         return
     on_gpu = torch.device(args.device).type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    # the others wait while rank 0 runs SFT or an evaluation, which may take longer than the default 10 minutes
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=2))
     if on_gpu:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)

@@ -1,4 +1,4 @@
-"""The supervised stage: base LM, reflector, policy (paper, section 4.2). One loop; data, mask and weights differ.
+"""The supervised stage: base LM, reflector, policy. One loop; data, mask and weights differ.
 
     stage     text                                               loss on                trains
     base      random play and plain facts, by `negatives.py`     every token            the whole LM
@@ -7,8 +7,8 @@
     plain     state, actions -> label (the ablation)             the label, one token   LoRA "policy"
 
 Loss is the mean negative log-likelihood of the completion; masks are built from lengths, never from token ids, so the
-EOS that ends a reflection is trained even where it is also the padding. Deviation: the paper runs SFT for a fixed
-number of epochs on GPT-4's reflections; here the rule teachers of `negatives.py` write them.
+EOS that ends a reflection is trained even where it is also the padding. Deviation: the paper's
+reflections are GPT-4's; ours are written by the rule teachers of `negatives.py`.
 
     python sft.py --env taxi               # reflector, then policy
     python sft.py --stage base             # the shipped base LM, from nothing
@@ -258,6 +258,7 @@ def train_stage(stage, args, folder, records, valid, resume=True):
     add_adapter(model, name, args.rank, args.alpha)
     use_adapter(model, name)
     players = Players(model, tokenizer, bf16=args.bf16, max_reflection=args.max_reflection)
+    players.require_labels(max(len(record.actions) for record in records))
     pairs = tokenized(tokenizer, negatives.sft_examples(records, stage, players.labels), stage)
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
     if longest > players.context:
@@ -422,7 +423,7 @@ def train_base(args):
 
     def pairs(seed, numbers):  # (first token, the rest): every token but the first is predicted
         rows = tokenizer(base_corpus(names, seed, numbers))["input_ids"]
-        rows += [copying_exercise(random.Random(f"{seed}/copy/{i}"), len(tokenizer)) for i in numbers if i % 4 == 0]
+        rows += [copying_exercise(random.Random(f"{seed}/copy/{i}"), len(tokenizer)) for i in numbers if i % 8 == 0]
         return [(ids[:1], [*ids[1:], tokenizer.eos_token_id]) for ids in rows]
 
     def report():
@@ -466,8 +467,8 @@ def add_sft_options(parser):
     group.add_argument(
         "--policy-steps",
         type=int,
-        default=150,
-        help="updates of the policy; few, so that RL has entropy left (default: 150)",
+        default=300,
+        help="updates of the policy; few, so that RL has entropy left (default: 300)",
     )
     group.add_argument("--batch", type=int, default=16, help="examples an update (default: 16)")
     group.add_argument(
@@ -493,7 +494,7 @@ def main():
     group.add_argument("--vocabulary", type=int, default=768, help="most tokens (default: 768)")
     group.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 32 (default: 128)")
     group.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
-    group.add_argument("--base-steps", type=int, default=900, help="updates (default: 900)")
+    group.add_argument("--base-steps", type=int, default=1600, help="updates (default: 1600)")
     group.add_argument("--base-batch", type=int, default=32, help="documents an update (default: 32)")
     group.add_argument("--base-lr", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
     args = parse_args(parser)

@@ -10,8 +10,7 @@ import pytest
 
 import envs
 from envs import CUT, AutoExplore, UserError, cut_text, files_of, generate_tree, read_tree, show_name, stems_of
-from negatives import write_tasks
-from negatives import GOALS, reflect_on_exploration
+from negatives import GOALS, reflect_on_exploration, write_tasks
 
 SPLITS = ("train", "valid", "test", "valid_seen", "test_seen")
 
