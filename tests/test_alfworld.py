@@ -191,7 +191,7 @@ def test_descriptions_are_true():
 
     def look(env, mistake):
         nonlocal checked
-        for sentence in env.describe():
+        for sentence in map("".join, env.describe()):
             assert "  " not in sentence and sentence.endswith(".")
             if match := re.fullmatch(rf"(?:[a-z]+ )*?({envs.THING}) is in ({envs.THING})\.", sentence):
                 assert env.house.places[match[1]] == match[2], sentence

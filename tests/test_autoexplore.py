@@ -176,7 +176,7 @@ def test_states_menus_and_reflections_are_short():
             assert reflection.endswith(tuple(GOALS.values())) and "\n" not in reflection
             assert env.actions[env.expert_action()] not in reflection  # the decision is the policy's
             assert envs.count_tokens(reflection) <= 45 and envs.count_tokens(state) <= 150
-            assert all(isinstance(fact, str) and fact.endswith(".") for fact in env.describe())
+            assert all(beginning and rest.endswith(".") for beginning, rest in env.describe())
             mistake = bool(env.mistakes()) and rng.random() < 0.3
             action = rng.choice(env.mistakes()) if mistake else env.expert_action()
             state, _, terminated, truncated, info = env.step(action)
