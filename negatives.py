@@ -366,7 +366,7 @@ def corpus_document(make_env, rng, labels):
 
 def add_data_options(parser):
     group = parser.add_argument_group("teacher data")
-    group.add_argument("--trajectories", type=int, default=100, help="teacher trajectories (default: 100)")
+    group.add_argument("--trajectories", type=int, default=200, help="teacher trajectories (default: 200)")
     group.add_argument("--negatives", type=float, default=0.5, help="share of them that is perturbed (default: 0.5)")
     group.add_argument(
         "--no-negatives", dest="negatives", action="store_const", const=0.0, help="ablation: no perturbed trajectories"

@@ -645,10 +645,10 @@ def add_rl_options(parser):
     group.add_argument("--updates", type=int, default=80, help="batches of episodes (default: 80)")
     group.add_argument("--episodes", type=int, default=32, help="episodes a batch (default: 32)")
     group.add_argument(
-        "--rl-lr", type=float, default=1.5e-3, help="peak learning rate; falls linearly to a fifth (default: 1.5e-3)"
+        "--rl-lr", type=float, default=1e-3, help="peak learning rate; falls linearly to a fifth (default: 1e-3)"
     )
     group.add_argument("--warmup", type=int, default=10, help="updates over which it rises first (default: 10)")
-    group.add_argument("--entropy", type=float, default=0.02, help="entropy bonus; falls linearly to 0 (default: 0.02)")
+    group.add_argument("--entropy", type=float, default=0.03, help="entropy bonus; falls linearly to 0 (default: 0.03)")
     group.add_argument("--gamma", type=float, default=0.97, help="discount (default: 0.97)")
     group.add_argument("--clip", type=float, default=0.3, help="largest gradient norm (default: 0.3, the paper's)")
     group.add_argument("--kl", type=float, default=0.0, help="weight of the exact KL to the SFT policy (default: 0)")

@@ -463,7 +463,7 @@ def add_sft_options(parser):
     negatives.add_data_options(parser)
     group = parser.add_argument_group("supervised stage")
     group.add_argument("--data", help="train on this JSONL file instead of the teacher's (see negatives.py)")
-    group.add_argument("--reflect-steps", type=int, default=300, help="updates of the reflector (default: 300)")
+    group.add_argument("--reflect-steps", type=int, default=400, help="updates of the reflector (default: 400)")
     group.add_argument(
         "--policy-steps",
         type=int,
