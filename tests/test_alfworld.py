@@ -255,6 +255,7 @@ def command_sequence(house, rng):
         yield command
 
 
+@pytest.mark.extra
 def test_parity_with_the_real_engine(games):
     """Observations, admissible commands and `won` agree on every step; enumerations are compared in sorted order, since
     TextWorld prints them in the order of a set, which changes with PYTHONHASHSEED."""
@@ -274,6 +275,7 @@ def test_parity_with_the_real_engine(games):
     assert won > 20, "the sequences should reach the end of many games"
 
 
+@pytest.mark.extra
 def test_parity_of_treatments(games):
     """Random play rarely treats one thing twice; here all is done to one object, and examined after each step."""
     treatable = ("tomato", "apple", "potato", "egg")
@@ -291,6 +293,7 @@ def test_parity_of_treatments(games):
     real.close()
 
 
+@pytest.mark.extra
 def test_the_same_class_plays_the_real_engine(games):
     """Same states, rewards and milestones through the whole contract, with two games open at once."""
     folder = pathlib.Path(next(iter(games))).parents[3]
@@ -311,6 +314,7 @@ def test_the_same_class_plays_the_real_engine(games):
         assert real.success
 
 
+@pytest.mark.extra
 def test_the_search_expert_copes_with_places_side_by_side(games, tmp_path):
     """In official rooms several receptacles share a location: `go to` the second is not admissible at the first."""
     for number, path in enumerate(list(games)[::6]):
@@ -329,6 +333,7 @@ def test_the_search_expert_copes_with_places_side_by_side(games, tmp_path):
         assert env.success, file
 
 
+@pytest.mark.extra
 def test_a_missing_game_and_a_real_task_to_write_are_user_errors(games, tmp_path):
     env = envs.make("alfworld", games=next(iter(games)))
     for call in (
@@ -340,6 +345,7 @@ def test_a_missing_game_and_a_real_task_to_write_are_user_errors(games, tmp_path
 
 
 @pytest.mark.parametrize("expert", ["planner", "handcoded"])
+@pytest.mark.extra
 def test_experts_of_the_real_engine(games, expert):
     path, task = next((path, task) for path, task in games.items() if task["type"] == TYPES[0])
     env = envs.make("alfworld", games=path, expert=expert)
