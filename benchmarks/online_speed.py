@@ -32,9 +32,9 @@ import sft
 from envs import UserError, run_main
 from reflect_rl import (
     Players,
+    adapter_parameters,
     add_adapter,
     add_common_options,
-    adapter_parameters,
     encode,
     env_factory,
     find_adapters,
