@@ -213,6 +213,8 @@ def main():
     )
     for run in runs:
         rows += run_rows(run, args)
+    if not rows:
+        raise UserError(f"{args.run} holds no policy yet: it was stopped before its first checkpoint")
     print_table(rows)
 
 

@@ -192,7 +192,7 @@ def save_adapter(model, name, folder):
         "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")  # last: the adapter is whole
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")  # last: it says "complete"
 
 
 def load_adapter(model, name, folder):
@@ -238,6 +238,8 @@ def load_base(path="nano", device="cpu", dtype=torch.float32):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is no causal LM with a tokenizer: {str(error).splitlines()[0]}") from None
+    if not encode(tokenizer, ACTION_HEADER):
+        raise UserError(f"{path} holds no tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no end-of-text token, which ends a reflection")
     return model.eval(), tokenizer  # eval(): dropout stays off in every stage, LoRA has none
@@ -277,9 +279,12 @@ class Players:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def require_labels(self, count):
+        if count > len(self.labels):
+            raise UserError(f"{count} actions, but this tokenizer has only {len(self.labels)} one-token labels")
+
     def prompt(self, state, reflection, actions):
-        if len(actions) > len(self.labels):
-            raise UserError(f"{len(actions)} actions, but this tokenizer has only {len(self.labels)} one-token labels")
+        self.require_labels(len(actions))
         return policy_prompt(state, reflection, actions, self.labels)
 
     def left_pad(self, prompts, room=0):
@@ -494,15 +499,15 @@ def parse_option(text):
     if not equals or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     try:
-        return key, json.loads(value)
+        return [key, json.loads(value)]
     except ValueError:
-        return key, value
+        return [key, value]
 
 
 def add_common_options(parser):
     """The options that every script shares: what is played, with what, where results go."""
     group = parser.add_argument_group("environment and model")
-    group.add_argument("--env", default="taxi", help="taxi, or package.module:Class for your own (default: taxi)")
+    group.add_argument("--env", default="taxi", help=f"{', '.join(envs.ENVS)}, or package.module:Class (default: taxi)")
     group.add_argument(
         "--env-option",
         action="append",
@@ -511,6 +516,8 @@ def add_common_options(parser):
         metavar="KEY=VALUE",
         help="an option of the environment's constructor, repeatable, such as mode=pickup",
     )
+    group.add_argument("--repos", metavar="DIR", help="AutoExplore: your repositories instead of data/repos")
+    group.add_argument("--games", metavar="PATH", help="ALFWorld: real game files instead of the built-in engine")
     group.add_argument(
         "--base", default="nano", help="directory of the base LM (default: nano, the shipped models/nano)"
     )
@@ -540,7 +547,16 @@ def parse_args(parser):
     models, but with LoRA on the nano base the casts cost more than the products save (14k tokens/s against 21k).
     """
     args = parser.parse_args()
-    on_gpu = torch.device(args.device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.env_option += [[key, os.path.abspath(path)] for key in ("repos", "games") if (path := getattr(args, key))]
+    counts = ("updates", "episodes", "save_every", "keep", "micro_batch", "trajectories", "batch", "rank", "repeats")
+    for key in counts:
+        if getattr(args, key, 1) < 1:
+            raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise UserError(f"unknown device {args.device!r}: cpu, cuda, cuda:1, mps, ...") from None
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.bf16 = args.bf16 == "on" or (args.bf16 == "auto" and on_gpu)
     return args
 
@@ -581,6 +597,13 @@ def write_atomically(path, text):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
 def save_checkpoint(run, step, write, keep=2):
     """`run/step-NNNNNN` filled by `write(folder)`, then renamed in; a kill leaves the older ones whole."""
     final, temporary = Path(run) / f"step-{step:06d}", Path(run) / f".step-{step:06d}"
@@ -615,7 +638,7 @@ def open_run(run, config, resume=False):
     """
     run, path = Path(run), Path(run) / "config.json"
     if not path.exists():
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         write_atomically(path, json.dumps(config, indent=2) + "\n")
         return None
     if not resume:
@@ -645,7 +668,7 @@ def lock_run(run):
     """Hold a run: a second process that wants it gets an error. The lock goes with its process, however that ends."""
     import fcntl
 
-    Path(run).mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     with (Path(run) / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -465,8 +465,8 @@ def train(args, sft_adapters):
     run, make_env = Path(args.runs) / run_name(args), env_factory(args)
     with lock_run(run) if rank() == 0 else contextlib.nullcontext(), stop_signals() as stopping:
         players, learner, progress = start_run(args, run, sft_adapters)
-        plan = curriculum.schedule(curriculum.stages_of(make_env(), args.curriculum), args.updates)
-        tasks, board = make_env().tasks("train"), tensorboard(run, args)
+        env, board = make_env(), tensorboard(run, args)
+        plan, tasks = curriculum.schedule(curriculum.stages_of(env, args.curriculum), args.updates), env.tasks("train")
         bar = tqdm(
             total=args.updates,
             initial=progress["step"],
@@ -478,7 +478,9 @@ def train(args, sft_adapters):
             stage, began = plan[step], time.perf_counter()
             if stage.name != progress["stage"]:
                 learner.buffer.clear()  # other rewards, other starts: old successes would mislead
-            chosen = random.Random(f"{args.seed}/tasks/{step}").choices(tasks, k=args.episodes // args.group)
+            chosen = random.Random(f"{args.seed}/tasks/{step}").choices(
+                stage.select(tasks), k=args.episodes // args.group
+            )
             chosen = [task for task in chosen for _ in range(args.group)]
             episodes = play_together(players, make_env, chosen, stage.options, args.seed, step * args.episodes)
             batch = make_batch(learner, episodes, args, replayed(learner, args, step))
@@ -643,10 +645,10 @@ def add_rl_options(parser):
     group.add_argument("--updates", type=int, default=80, help="batches of episodes (default: 80)")
     group.add_argument("--episodes", type=int, default=32, help="episodes a batch (default: 32)")
     group.add_argument(
-        "--rl-lr", type=float, default=7e-4, help="peak learning rate; falls linearly to a fifth (default: 7e-4)"
+        "--rl-lr", type=float, default=1e-3, help="peak learning rate; falls linearly to a fifth (default: 1e-3)"
     )
     group.add_argument("--warmup", type=int, default=10, help="updates over which it rises first (default: 10)")
-    group.add_argument("--entropy", type=float, default=0.02, help="entropy bonus; falls linearly to 0 (default: 0.02)")
+    group.add_argument("--entropy", type=float, default=0.03, help="entropy bonus; falls linearly to 0 (default: 0.03)")
     group.add_argument("--gamma", type=float, default=0.97, help="discount (default: 0.97)")
     group.add_argument("--clip", type=float, default=0.3, help="largest gradient norm (default: 0.3, the paper's)")
     group.add_argument("--kl", type=float, default=0.0, help="weight of the exact KL to the SFT policy (default: 0)")
@@ -717,9 +719,6 @@ def resolve(args):
         raise UserError(
             f"--group {args.group}: {args.algo} needs groups of at least 2 that divide --episodes {args.episodes}"
         )
-    for key in ("updates", "episodes", "save_every", "micro_batch", "keep"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
 
 
 def join_processes(args):

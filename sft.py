@@ -258,6 +258,7 @@ def train_stage(stage, args, folder, records, valid, resume=True):
     add_adapter(model, name, args.rank, args.alpha)
     use_adapter(model, name)
     players = Players(model, tokenizer, bf16=args.bf16, max_reflection=args.max_reflection)
+    players.require_labels(max(len(record.actions) for record in records))
     pairs = tokenized(tokenizer, negatives.sft_examples(records, stage, players.labels), stage)
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
     if longest > players.context:
@@ -462,7 +463,7 @@ def add_sft_options(parser):
     negatives.add_data_options(parser)
     group = parser.add_argument_group("supervised stage")
     group.add_argument("--data", help="train on this JSONL file instead of the teacher's (see negatives.py)")
-    group.add_argument("--reflect-steps", type=int, default=300, help="updates of the reflector (default: 300)")
+    group.add_argument("--reflect-steps", type=int, default=400, help="updates of the reflector (default: 400)")
     group.add_argument(
         "--policy-steps",
         type=int,

@@ -85,9 +85,8 @@ def test_counts_of_negatives(share, count):
     assert sum(steps[0].negative for steps in found) == count
     for steps in found:
         assert len({step.negative for step in steps}) == 1
-        assert sum(step.mistake for step in steps) == steps[0].negative, (
-            "one mistake in a negative trajectory, none in others"
-        )
+        mistakes = sum(step.mistake for step in steps)
+        assert 1 <= mistakes <= 3 if steps[0].negative else mistakes == 0
 
 
 def test_mistakes_are_made_anywhere(records):
@@ -241,7 +240,8 @@ def corpus():
 def test_corpus_has_no_reflection(corpus):
     """Catches teacher text in the base LM: then what SFT adds would not be SFT's."""
     for document in corpus:
-        assert not re.search(r"# Analyze|mistake|goal|Passenger (on board|waiting)\.", document), document
+        said = r"# Analyze|Next goal: the|To (move \w+|pick up the passenger|drop off the passenger) was a mistake"
+        assert not re.search(said + r"|Passenger (on board|waiting)\.", document), document
 
 
 def test_corpus_has_no_expert_label(corpus):

@@ -92,7 +92,7 @@ def test_three_processes_with_unequal_shares_resume_as_two(start, tmp_path):
 
 @pytest.mark.long
 def test_torchrun_runs_the_whole_pipeline(start, tmp_path):
-    """`torchrun --nproc-per-node 2 rl.py`: SFT by one process, training by both, one table. Bug: it hangs, or two."""
+    """`torchrun --nproc-per-node 2 rl.py`: SFT by one process, training by both, one table. Bug: it hangs."""
     sizes = ["--trajectories", 6, "--reflect-steps", 2, "--policy-steps", 2, "--batch", 4, "--rank", 4]
     options = [*run_options(start[0], tmp_path / "runs", "--updates", 2), *map(str, sizes)]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "rl.py", *options]

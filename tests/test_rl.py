@@ -205,7 +205,7 @@ def test_update_is_the_gradient_of_the_whole_batch(micro_batch, bases):
     """Catches wrong weights of micro-batches, advantages in another order than the steps, an entropy bonus with the
     wrong sign: one step of plain SGD against the gradient by hand."""
     players = make_players(bases["llama"])
-    args = rl_args("--micro-batch", micro_batch, "--rl-lr", 1.0, "--clip", 1e9, "--entropy", 0.1)
+    args = rl_args("--micro-batch", micro_batch, "--rl-lr", 1.0, "--clip", 1e9, "--entropy", 0.1, "--warmup", 0)
     learner, episodes, batch = corridor_batch(players, args)
     assert sum(len(e.steps) for e in episodes) % 4, "the last micro-batch should be a smaller one"
     expected = gradient_by_hand(players, episodes, args)
@@ -234,7 +234,7 @@ def test_logged_entropy_is_of_the_whole_batch(bases):
 def test_gradient_is_clipped(bases):
     """Catches a clip that is logged but not applied."""
     players = make_players(bases["llama"])
-    args = rl_args("--rl-lr", 1.0, "--clip", 0.01)
+    args = rl_args("--rl-lr", 1.0, "--clip", 0.01, "--warmup", 0)
     learner, _, batch = corridor_batch(players, args)
     parameters = adapter_parameters(players.model, "policy")
     before = torch.cat([p.detach().flatten().clone() for p in parameters])

@@ -1,0 +1,3 @@
+# Copy the website to the webspace
+set -e
+rsync -a public/ club:www/

@@ -1,0 +1,5 @@
+"""Plan the shifts of cafe staff fairly."""
+
+
+def next_barista(rota):
+    return min(rota, key=rota.get)

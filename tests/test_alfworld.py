@@ -1,0 +1,360 @@
+"""ALFWorld: the contract, the tasks, the expert, the teacher, and parity with the real engine where it is installed."""
+
+import collections
+import json
+import pathlib
+import random
+import re
+import sys
+
+import pytest
+
+import envs
+import negatives
+
+TYPES = list(envs.household()["sentences"])
+
+
+def tokens(text):
+    """Length of a text in tokens of the project's kind: a word, a digit, a punctuation mark, a space before a digit."""
+    return len(re.findall(r" ?[A-Za-z]+|\d|[^\sA-Za-z\d]|\s", text))
+
+
+def play(env, task, seed=0, noise=0.0, options=(), look=lambda env, mistake: None):
+    """One episode of the expert, with a random action instead of its own at a rate of `noise`; the return."""
+    rng, total, over, mistake = random.Random(seed), 0.0, False, False
+    _, info = env.reset(seed=seed, options={"task": task, **dict(options)})
+    while not over:
+        look(env, mistake)
+        action = env.expert_action()
+        mistake = rng.random() < noise
+        _, reward, terminated, truncated, info = env.step(rng.randrange(len(info["actions"])) if mistake else action)
+        total, over = total + reward, terminated or truncated
+    return total
+
+
+def task_for(type_name, split="train"):
+    return next(task for task in envs.make("alfworld").tasks(split) if task["type"] == type_name)
+
+
+def test_contract():
+    env = envs.make("alfworld")
+    state, info = env.reset(seed=3)
+    assert state.startswith("Your task is to: ") and not info["success"] and "help" not in info["actions"]
+    assert (state, info) == env.reset(seed=3), "two resets with one seed differ"
+    with pytest.raises(IndexError):
+        env.step(len(info["actions"]))
+    for number in range(env.horizon):
+        _, _, terminated, truncated, _ = env.step(info["actions"].index("look"))
+        assert not terminated and truncated == (number == env.horizon - 1)
+    with pytest.raises(RuntimeError):
+        env.step(0)
+
+
+def test_the_global_generator_is_left_alone_and_ignored():
+    env, task = envs.make("alfworld"), task_for(TYPES[0])
+    random.seed(1)
+    before, state = random.getstate(), env.reset(seed=0, options={"task": task})[0]
+    assert random.getstate() == before
+    random.seed(2)
+    assert envs.make("alfworld").reset(seed=9, options={"task": task})[0] == state
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        3,
+        "kitchen",
+        {},
+        {"type": "slice"},
+        {"type": TYPES[0], "room": "kitchen"},
+        {"type": TYPES[0], "room": "attic", "object": "mug", "target": "desk", "seed": 1},
+    ],
+)
+def test_a_wrong_task_is_a_user_error(task):
+    with pytest.raises(envs.UserError):
+        envs.make("alfworld").reset(options={"task": task})
+
+
+def test_wrong_options_are_user_errors(tmp_path):
+    env = envs.make("alfworld")
+    for call in (
+        lambda: env.tasks("tset"),
+        lambda: envs.make("alfworld", expert="planner"),
+        lambda: envs.make("alfworld", games=tmp_path),
+    ):
+        with pytest.raises(envs.UserError):
+            call()
+
+
+def test_splits_are_disjoint_in_tasks_and_layouts_and_held_out_combinations():
+    env, rooms, combinations = envs.make("alfworld"), {}, collections.defaultdict(set)
+    for split in ("train", "valid", "test"):
+        tasks = env.tasks(split)
+        assert collections.Counter(task["type"] for task in tasks) == dict.fromkeys(TYPES, env.counts[split])
+        rooms[split] = {tuple(envs.room_of(task)[0]) for task in tasks}
+        for task in tasks:
+            combinations[split, task["combination"]].add((task["type"], task["object"], task["target"], task["room"]))
+    assert not rooms["train"] & (rooms["valid"] | rooms["test"]) and not rooms["valid"] & rooms["test"]
+    assert combinations["test", "seen"] <= combinations["train", "seen"]
+    assert not combinations["test", "unseen"] & combinations["train", "seen"]
+    assert env.tasks("test") == json.loads(json.dumps(env.tasks("test"))), "a task must survive JSON"
+
+
+def test_the_expert_succeeds_with_room_to_spare():
+    env, lengths = envs.make("alfworld"), []
+    for task in [*env.tasks("train"), *env.tasks("valid"), *env.tasks("test")]:
+        play(env, task)
+        assert env.success, task
+        lengths.append(env.steps)
+    assert max(lengths) <= env.horizon - 10
+
+
+def test_the_expert_recovers_from_random_detours():
+    env = envs.make("alfworld", horizon=60)
+    for seed, task in enumerate(env.tasks("valid") * 5):
+        play(env, task, seed, noise=0.3)
+        assert env.success, (seed, task)
+
+
+def test_what_expert_and_teacher_do_is_a_function_of_the_state():
+    """Otherwise equal states would have several labels, and a memoised reflection would be wrong for some of them."""
+    env, actions, reflections = envs.make("alfworld", horizon=60), {}, {}
+
+    def look(env, mistake):
+        state = env.render()
+        assert actions.setdefault(state, env.expert_command()) == env.expert_command(), state
+        reflection = negatives.reflect_on_household(env, mistake)
+        assert mistake or not negatives.useless(env), f"the expert's own move counts as useless:\n{state}"
+        assert reflections.setdefault(state, reflection) == reflection, state
+        assert tokens(reflection) <= 46, reflection
+
+    for seed, task in enumerate(env.tasks("train")[::4]):
+        play(env, task, seed, noise=0.25 * (seed % 2), look=look)
+
+
+def test_a_reflection_hands_over_no_command():
+    env = envs.make("alfworld")
+
+    def look(env, mistake):
+        assert env.expert_command() not in negatives.reflect_on_household(env, mistake)
+
+    for task in env.tasks("test"):
+        play(env, task, noise=0.2, look=look)
+
+
+@pytest.mark.parametrize("size, state_limit, menu_limit", [(1, 170, 20), (5, 450, 60)])
+def test_states_and_menus_stay_small(size, state_limit, menu_limit):
+    env = envs.make("alfworld", size=size)
+
+    def look(env, mistake):
+        assert tokens(env.render()) <= state_limit, env.render()
+        assert len(env.actions) <= menu_limit and len(set(env.actions)) == len(env.actions)
+
+    for seed, task in enumerate(env.tasks("test")[::2]):
+        play(env, task, seed, noise=0.3, look=look)
+
+
+def test_the_task_and_all_places_are_always_in_the_state():
+    env = envs.make("alfworld")
+
+    def look(env, mistake):
+        first, unsearched, searched, *_ = env.render().splitlines()
+        assert first == f"Your task is to: {env.house.sentence}."
+        for place in env.house.receptacles:
+            assert (f" {place}," in unsearched + searched) or (f" {place}." in unsearched + searched)
+
+    for seed, task in enumerate(env.tasks("valid")):
+        play(env, task, seed, noise=0.3, look=look)
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_milestones_are_paid_once(type_name):
+    """Taking and putting down again and again must not be a way to earn."""
+    env, task = envs.make("alfworld"), task_for(type_name)
+    plain, paid = play(env, task), play(env, task, options={"milestone": 0.5})
+    assert plain == pytest.approx(1 - 0.01 * env.steps)
+    assert paid == pytest.approx(plain + 0.5 * len(env.reached)) and {"found", "taken"} <= env.reached
+    env.reset(options={"task": task, "milestone": 0.5})
+    while "taken" not in env.reached:
+        env.step(env.expert_action())
+    for _ in range(3):
+        origin = env.notes.origin
+        for command in (f"move {env.notes.hand} to {origin}", f"take {env.notes.hand} from {origin}"):
+            _, reward, *_ = env.step(env.actions.index(command))
+            assert reward == pytest.approx(-0.01), command
+
+
+def test_descriptions_are_true():
+    """Checked against the engine's own state, which the notes never read."""
+    env, checked = envs.make("alfworld"), 0
+
+    def look(env, mistake):
+        nonlocal checked
+        for sentence in map("".join, env.describe()):
+            assert "  " not in sentence and sentence.endswith(".")
+            if match := re.fullmatch(rf"(?:[a-z]+ )*?({envs.THING}) is in ({envs.THING})\.", sentence):
+                assert env.house.places[match[1]] == match[2], sentence
+                checked += 1
+            if match := re.fullmatch(rf"On ({envs.THING}) there is (.*)\.", sentence):
+                assert sorted(env.house.inside(match[1])) == sorted(re.findall(envs.THING, match[2])), sentence
+                checked += 1
+
+    for seed, task in enumerate(env.tasks("valid")):
+        play(env, task, seed, noise=0.3, look=look)
+    assert checked > 100
+
+
+def test_games_are_found_in_order_by_split_and_none_is_left_out_silently(tmp_path, capsys):
+    for name in ("train/b", "train/a", "valid_seen/c", "valid_unseen/d", "e", "train/unsolvable", "train/movable-f"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "game.tw-pddl").write_text(json.dumps({"solvable": "unsolvable" not in name}))
+    games = envs.find_games(tmp_path)
+    found = {split: [pathlib.Path(task["game"]).parent.name for task in tasks] for split, tasks in games.items()}
+    assert found == {"train": ["a", "b"], "valid": ["c"], "test": ["e", "d"]}
+    assert "2 games" in capsys.readouterr().err
+    (tmp_path / "e" / "game.tw-pddl").write_text("{")
+    with pytest.raises(envs.UserError, match="cannot read"):
+        envs.find_games(tmp_path)
+
+
+def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "textworld", None)
+    with pytest.raises(envs.UserError, match="pip install alfworld"):
+        envs.write_game(task_for(TYPES[0]), tmp_path)
+
+
+# The real engine. These tests need the extras, and are skipped without them.
+
+
+@pytest.fixture(scope="module")
+def games(tmp_path_factory):
+    """60 generated rooms, ten of each type, as real game files: `{path: task}`."""
+    pytest.importorskip("alfworld")
+    pytest.importorskip("textworld")
+    folder = tmp_path_factory.mktemp("games")
+    return {envs.write_game(task, folder / "test"): task for task in envs.household_tasks("test", 10, 1)}
+
+
+def command_sequence(house, rng):
+    """A generator of commands: the expert's, or one of a random verb (so that rare verbs are tried), or nonsense."""
+    expert = envs.make("alfworld")
+    expert.reset(options={"task": house.task})
+    while True:
+        by_verb = collections.defaultdict(list)
+        for command in house.commands():
+            by_verb[command.split()[0]].append(command)
+        command = rng.choice(by_verb[rng.choice(sorted(by_verb))])
+        draw = rng.random()
+        if draw < 0.5 and not expert.done:
+            command = expert.actions[expert.expert_action()]
+        elif draw < 0.55:
+            command = rng.choice(("take mug 9 from shelf 9", "open the pod bay doors", "move apple 1 to fridge 1"))
+        if not expert.done and command in expert.actions:
+            expert.step(expert.actions.index(command))
+        yield command
+
+
+@pytest.mark.extra
+def test_parity_with_the_real_engine(games):
+    """Observations, admissible commands and `won` agree on every step; enumerations are compared in sorted order, since
+    TextWorld prints them in the order of a set, which changes with PYTHONHASHSEED."""
+    won = 0
+    for number, (path, task) in enumerate(games.items()):
+        house, real = envs.House(task), envs.TextWorldGame({"game": path})
+        assert house.reset() == real.reset()
+        source = command_sequence(house, random.Random(number))
+        for _ in range(30):
+            assert house.commands() == sorted(real.commands()) and house.won == real.won
+            if house.won:
+                won += 1
+                break
+            command = next(source)
+            assert house.do(command) == real.do(command), (task, command)
+        real.close()
+    assert won > 20, "the sequences should reach the end of many games"
+
+
+@pytest.mark.extra
+def test_parity_of_treatments(games):
+    """Random play rarely treats one thing twice; here all is done to one object, and examined after each step."""
+    treatable = ("tomato", "apple", "potato", "egg")
+    path, task = next(item for item in games.items() if "heat" in item[1]["type"] and item[1]["object"] in treatable)
+    house, real = envs.House(task), envs.TextWorldGame({"game": path})
+    house.reset(), real.reset()
+    thing, place = next(item for item in house.places.items() if envs.kind(item[0]) == task["object"])
+    script = [f"go to {place}", f"open {place}", f"take {thing} from {place}", f"examine {thing}"]
+    for verb in ("clean", "cool", "heat", "clean", "cool"):
+        station = envs.STATIONS[verb] + " 1"
+        script += [f"go to {station}", f"{verb} {thing} with {station}", f"examine {thing}", "inventory", "look"]
+    for command in script:
+        assert house.do(command) == real.do(command), command
+        assert house.commands() == sorted(real.commands()), command
+    real.close()
+
+
+@pytest.mark.extra
+def test_the_same_class_plays_the_real_engine(games):
+    """Same states, rewards and milestones through the whole contract, with two games open at once."""
+    folder = pathlib.Path(next(iter(games))).parents[3]
+    real, ours = envs.make("alfworld", games=folder), envs.make("alfworld")
+    tasks = real.tasks("test")
+    assert len(tasks) == len(games) and {task["type"] for task in tasks} == set(TYPES)
+    with pytest.raises(envs.UserError, match="no game of split 'train'"):
+        real.tasks("train")
+    for task in tasks[::6]:
+        (state, info), over = real.reset(options={"task": task}), False
+        assert (state, info) == ours.reset(options={"task": games[task["game"]]})
+        while not over:
+            action = ours.expert_action()
+            assert action == real.expert_action()
+            step = real.step(action)
+            assert step == ours.step(action)
+            over = step[2] or step[3]
+        assert real.success
+
+
+@pytest.mark.extra
+def test_the_search_expert_copes_with_places_side_by_side(games, tmp_path):
+    """In official rooms several receptacles share a location: `go to` the second is not admissible at the first."""
+    for number, path in enumerate(list(games)[::6]):
+        text = pathlib.Path(path).read_text()
+        moved = re.sub(r"loc_bar_([1-9][0-9]*)", lambda match: f"loc_bar_{(int(match[1]) + 1) // 2}", text)
+        data = json.loads(moved)
+        head, objects = data["pddl_problem"].split("(:objects", 1)
+        objects = re.sub(r"  loc_bar_\d+ - location\n", "", objects)
+        places = "".join(f"\n  {name} - location" for name in sorted(set(re.findall(r"loc_bar_\d+", objects))))
+        data["pddl_problem"] = f"{head}(:objects{places}{objects}"
+        file = tmp_path / str(number) / "game.tw-pddl"
+        file.parent.mkdir()
+        file.write_text(json.dumps(data))
+        env = envs.make("alfworld", games=file)
+        play(env, env.tasks("test")[0])
+        assert env.success, file
+
+
+@pytest.mark.extra
+def test_a_missing_game_and_a_real_task_to_write_are_user_errors(games, tmp_path):
+    env = envs.make("alfworld", games=next(iter(games)))
+    for call in (
+        lambda: env.reset(options={"task": {"game": str(tmp_path / "game.tw-pddl")}}),
+        lambda: envs.write_game(env.tasks("test")[0], tmp_path),
+    ):
+        with pytest.raises(envs.UserError):
+            call()
+
+
+@pytest.mark.parametrize("expert", ["planner", "handcoded"])
+@pytest.mark.extra
+def test_experts_of_the_real_engine(games, expert):
+    path, task = next((path, task) for path, task in games.items() if task["type"] == TYPES[0])
+    env = envs.make("alfworld", games=path, expert=expert)
+    state = random.getstate()
+    play(env, env.tasks("test")[0])
+    assert env.success and random.getstate() == state, "the global generator must stay as it was"
+
+
+def test_the_order_of_the_real_engine_does_not_reach_the_state():
+    text = "On the shelf 1, you see a vase 2, a statue 1, and a vase 1."
+    assert envs.sort_lists(text) == "On the shelf 1, you see a statue 1, a vase 1, and a vase 2."
+    assert envs.sort_lists("You see a shelf 10, and a shelf 2.") == "You see a shelf 2, and a shelf 10."
