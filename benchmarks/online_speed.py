@@ -41,6 +41,7 @@ from reflect_rl import (
     load_base,
     load_players,
     newest_run,
+    parse_args,
     play,
     reflector_prompt,
     use_adapter,
@@ -242,8 +243,7 @@ def main():
     parser.add_argument("--tasks", type=int, default=48, help="episodes (default: 48)")
     parser.add_argument("--single", type=int, default=6, help="episodes played one at a time (default: 6)")
     parser.add_argument("--parallel", type=int, default=16, help="environments in a batch (default: 16)")
-    args = parser.parse_args()
-    args.bf16 = args.bf16 == "on"
+    args = parse_args(parser)
     rl.resolve(args)
     players, source = make_players(args)
     tasks, make_env = env_factory(args)().tasks("train")[: args.tasks], env_factory(args)

@@ -27,9 +27,9 @@ def walks(base):
     return play_walks(make_players(base))
 
 
-def play_walks(players, **changes):
+def play_walks(players):
     tasks = [task for task in Walk().tasks("train")[:3] for _ in range(4)]
-    return play(players, Walk, tasks, **{"seed": 1, "batch": 5, **changes})
+    return play(players, Walk, tasks, seed=3, batch=5)
 
 
 def make_learner(base, *options):
@@ -372,7 +372,7 @@ def test_explained_variance_by_hand(base, walks):
 @pytest.mark.parametrize("algo", ["reinforce", "ppo"])
 def test_a_single_step_is_a_batch(algo, base, walks):
     """Bug: the standard deviation of one number is NaN, and every update of a batch of one is skipped."""
-    one = next(e for e in play_walks(make_players(base), seed=3) if len(e.steps) == 1)
+    one = next(episode for episode in walks if len(episode.steps) == 1)
     learner, _ = make_learner(base, "--algo", algo)
     figures = learner.update(rl.make_batch(learner, [one], learner.args), 0, 1.0)
     assert learner.skipped == 0 and all(math.isfinite(value) for value in figures.values())
