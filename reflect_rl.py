@@ -499,9 +499,9 @@ def parse_option(text):
     if not equals or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     try:
-        return [key, json.loads(value)]
+        return key, json.loads(value)
     except ValueError:
-        return [key, value]
+        return key, value
 
 
 def add_common_options(parser):
@@ -547,7 +547,7 @@ def parse_args(parser):
     models, but with LoRA on the nano base the casts cost more than the products save (14k tokens/s against 21k).
     """
     args = parser.parse_args()
-    args.env_option += [[key, os.path.abspath(path)] for key in ("repos", "games") if (path := getattr(args, key))]
+    args.env_option += [(key, os.path.abspath(path)) for key in ("repos", "games") if (path := getattr(args, key))]
     counts = ("updates", "episodes", "save_every", "keep", "micro_batch", "trajectories", "batch", "rank", "repeats")
     for key in counts:
         if getattr(args, key, 1) < 1:
