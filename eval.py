@@ -13,6 +13,7 @@ actions are sampled (temperature 1), once when they are greedy. Success is the e
 import argparse
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -69,9 +70,15 @@ def expert_actor(states, actions, envs):
     ]
 
 
+def panel(env, split, size=120):
+    """The tasks of a split that everything is evaluated on: all, or a fixed sample where there are more than `size`."""
+    tasks = env.tasks(split)
+    return tasks if len(tasks) <= size else random.Random(0).sample(tasks, size)
+
+
 def evaluate(actor, make_env, split="test", repeats=3, greedy=False, seed=1000, limit=None):
     """Play the panel of a split; the episodes. `limit` takes the first tasks only (for a quick look while training)."""
-    tasks = make_env().tasks(split)[:limit]
+    tasks = panel(make_env(), split)[:limit]
     if not tasks:
         raise UserError(f"the {split} split has no tasks")
     return play(actor, make_env, tasks * (1 if greedy else repeats), seed=seed, greedy=greedy)
