@@ -64,6 +64,10 @@ class Env:
         """The fixed list of tasks of a split, `train`, `valid` or `test`; the three are disjoint."""
         raise NotImplementedError
 
+    def groups(self, task):
+        """Names of the groups of tasks, such as `depth 2`, under which evaluation reports a task as well."""
+        return ()
+
     def expert_action(self):
         """Index of an optimal action in the current state."""
         raise NotImplementedError
@@ -144,7 +148,7 @@ class DangerousTaxi(Env):
     rules = (
         "Passenger waiting: the taxi has to pick up the passenger at P.",
         "Passenger on board: the taxi is shown as X and has to bring the passenger to D.",
-        "Next goal of a trip: first the passenger, next the destination.",
+        "The next goal of a trip: first the passenger, next the destination.",
         "To move into a wall was a mistake.",
         "To pick up the passenger or to drop off the passenger in the wrong place was a mistake.",
     )
@@ -182,12 +186,13 @@ class DangerousTaxi(Env):
         row, col, passenger, destination = taxi_decode(task)
         self.taxi_state = taxi_encode(row, col, ON_BOARD, destination) if self.mode == "dropoff" else task
         self.steps, self.done, self.success, self.last = 0, False, False, "none"
+        self.before = self.taxi_state  # what the last action started from
         self.milestone_due = self.mode == "full"
         return self.render(), self.info()
 
     def step(self, action):
         check_action(self, action, self.actions)
-        before = self.taxi_state
+        self.before = before = self.taxi_state
         self.taxi_state, reward, arrived = taxi_transition(before, action)
         picked_up = action == PICKUP and self.taxi_state != before
         died = self.taxi_state == before
@@ -249,7 +254,20 @@ class DangerousTaxi(Env):
             facts.append(
                 (f"To {self.actions[a]}", " is blocked." if (r, c) == (row, col) else f" leads to row {r} column {c}.")
             )
-        return [*facts, ("Blocked:", f" {', '.join(self.blocked()) or 'nothing'}.")]
+        return [*facts, ("Blocked:", f" {', '.join(self.blocked()) or 'nothing'}."), *self.describe_last()]
+
+    def describe_last(self):
+        """What the last action was, where it began, and whether the taxi is now nearer to where it has to go."""
+        (old_row, old_col, *_), (row, col, *_) = taxi_decode(self.before), taxi_decode(self.taxi_state)
+        facts = [
+            ("The last action was", f" {self.last}."),
+            ("Before it the taxi was at row", f" {old_row} column {old_col}."),
+        ]
+        if (old_row, old_col) != (row, col):
+            to_row, to_col = self.target()
+            nearer = abs(row - to_row) + abs(col - to_col) < abs(old_row - to_row) + abs(old_col - to_col)
+            facts.append((f"To {self.last} led", f" {'towards' if nearer else 'away from'} the next goal."))
+        return facts
 
     def blocked(self):
         """The directions in which a wall or the border is in the way, such as `["east"]`."""
@@ -799,6 +817,9 @@ class AutoExplore(Env):
         parts = {"train": tasks[:first], "valid": tasks[first:second], "test": tasks[second:]}
         return parts[split.removesuffix("_seen")]
 
+    def groups(self, task):
+        return (f"depth {task['depth']}",) if "depth" in task else ()
+
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.rng = random.Random(seed)
@@ -1320,6 +1341,11 @@ class ALFWorld(Env):
                 + ", ".join(f"{len(found)} of split {name}" for name, found in self.games.items())
             )
         return list(self.games[split])
+
+    def groups(self, task):
+        """The type, and whether training had this combination of object and target (known for built-in rooms)."""
+        known = [f"{task['combination']} combination"] if "combination" in task else []
+        return (task["type"].replace("_", " "), *known)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:

@@ -84,11 +84,21 @@ def evaluate(actor, make_env, split="test", repeats=3, greedy=False, seed=1000, 
     return play(actor, make_env, tasks * (1 if greedy else repeats), seed=seed, greedy=greedy)
 
 
+def by_group(episodes, env):
+    """`{group: summary}` of the episodes, by what `env.groups` says of their tasks; sorted by name."""
+    groups = {}
+    for episode in episodes:
+        for group in env.groups(episode.task) if hasattr(env, "groups") else ():
+            groups.setdefault(group, []).append(episode)
+    return {group: summary(groups[group]) for group in sorted(groups)}
+
+
 def row(name, actor, make_env, args):
-    """A line of the table: sampled and greedy figures of one actor."""
-    sampled = summary(evaluate(actor, make_env, args.split, args.repeats))
+    """A line of the table: sampled and greedy figures of one actor, and the sampled ones by group of tasks."""
+    episodes = evaluate(actor, make_env, args.split, args.repeats)
     greedy = summary(evaluate(actor, make_env, args.split, greedy=True)) if actor is not random_actor else None
-    return {"name": name, "split": args.split, "sampled": sampled, "greedy": greedy}
+    groups = by_group(episodes, make_env())
+    return {"name": name, "split": args.split, "sampled": summary(episodes), "greedy": greedy, "groups": groups}
 
 
 def rate(figures):
@@ -107,8 +117,17 @@ def print_table(rows):
         s = r["sampled"]
         middle = [f"{s['return']:.2f}", f"{s['length']:.1f}", f"{s['failed']:.1%}"]
         lines.append([r["name"], *rate(s), *middle, *rate(r["greedy"])])
+    print_lines(lines)
+    if rows[0]["groups"]:
+        print("\nThe sampled episodes by group of tasks\n")
+        lines = [["", "group", "success", "interval", "n"]]
+        print_lines(lines + [[r["name"], group, *rate(found)] for r in rows for group, found in r["groups"].items()])
+
+
+def print_lines(lines):
+    """A Markdown table; the first line is its head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     for name, *cells in lines:
         padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
         print("| " + " | ".join([f"{name:{widths[0]}}", *padded]) + " |")

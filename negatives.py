@@ -219,8 +219,13 @@ def expert_steps(env, over):
 
 
 def perturbation(env, options, history, seed, rng):
-    """An action that neither ends the episode nor brings the expert nearer to its goal; None if there is none."""
+    """An action that neither ends the episode nor brings the expert nearer to its goal; None if there is none.
+
+    Found by playing every action to its end with the expert, or by asking the environment, if it has `mistakes()`.
+    """
     _, info, _ = replay(env, options, history, seed)
+    if hasattr(env, "mistakes"):
+        return rng.choice(env.mistakes() or [None])
     here, candidates = expert_steps(env, False), list(range(len(info["actions"])))
     rng.shuffle(candidates)
     for action in candidates:
@@ -241,6 +246,8 @@ def trajectory(env, options, number, negative, seed):
     history, records, mistake = [], [], False
     state, info = env.reset(seed=seed, options=options)
     length = expert_steps(env, False)
+    if length is None:
+        raise UserError(f"the expert does not finish {str(options['task'])[:80]} within its horizon: nothing to teach")
     when = set(rng.sample(range(length), min(3, length))) if negative else ()
     while True:
         state, info, over = replay(env, options, history, seed)
@@ -341,24 +348,29 @@ def random_walk(env, rng, length):
 FACTS_HEADER = "# Facts:\n"
 
 
-def corpus_document(make_env, rng, labels):
+def corpus_document(make_env, rng, labels, quiz=0):
     """One document for the base LM: a state met in RANDOM play, plain facts about it, a random action, what it led to.
 
     No expert action and no reflection, so that what SFT and RL add is theirs. Facts and menu are shuffled: a label
-    means its line and nothing else.
+    means its line and nothing else. Mostly the random action is named among the facts, which teaches to find its label;
+    `quiz` more actions are named and labelled at the end, for the same purpose.
     """
     env = make_env()
     state, info = random_walk(env, rng, rng.randrange(20))
     sentences = [beginning + rest for beginning, rest in env.describe()]
     sentences += rng.sample(getattr(env, "rules", ()), min(1, len(getattr(env, "rules", ()))))
-    rng.shuffle(sentences)
     menu = rng.sample(range(len(info["actions"])), len(info["actions"]))
     pick = rng.randrange(len(menu))
+    if rng.random() < 0.75:
+        sentences.append(f"Now: {info['actions'][menu[pick]]}.")
+    rng.shuffle(sentences)
     prompt = policy_prompt(
         f"{state}\n{FACTS_HEADER}{' '.join(sentences)}", None, [info["actions"][i] for i in menu], labels
     )
+    asked = rng.sample(range(len(menu)), min(quiz, len(menu)))
+    quizzes = [f"\nNow: {info['actions'][menu[i]]}.\n{ACTION_HEADER}{labels[i]}" for i in asked]
     after, *_ = env.step(menu[pick])
-    return f"{prompt}{labels[pick]}\n{after.splitlines()[-1]}"
+    return f"{prompt}{labels[pick]}\n{after.splitlines()[-1]}{''.join(quizzes)}"
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
@@ -578,6 +580,60 @@ def load_players(args, folders, **options):
     for name, folder in folders.items():
         load_adapter(model, name, folder)
     return Players(model, tokenizer, reflection="reflect" in folders, bf16=args.bf16, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several processes (torchrun), each with its share of the work
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_gradients(parameters):
+    """Add up the gradients of all processes, each of which saw its share of the batch."""
+    if world() > 1:
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        dist.all_reduce(flat)  # one message, not a hundred
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = grad.view_as(p)
+
+
+def summed(counter):
+    """A counter added up over the ranks, each of which saw its share."""
+    shares = [counter] * world()
+    if world() > 1:
+        dist.all_gather_object(shares, counter)
+    total = collections.Counter()
+    for share in shares:
+        total.update(share)
+    return total
+
+
+def from_first(make):
+    """`make()`, called by the first process alone; the others get its value."""
+    box = [make() if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def join_processes(args):
+    """Under torchrun: join the other processes, each with a GPU of its own where there are GPUs."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    on_gpu = torch.device(args.device).type == "cuda"
+    # the others wait while rank 0 runs SFT or an evaluation, which may take longer than the default 10 minutes
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=2))
+    if on_gpu:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world()))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -24,8 +24,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import datetime
-import os
 import random
 import signal
 import sys
@@ -50,6 +48,8 @@ from reflect_rl import (
     add_common_options,
     env_factory,
     find_adapters,
+    from_first,
+    join_processes,
     load_adapter,
     load_players,
     lock_run,
@@ -57,10 +57,14 @@ from reflect_rl import (
     open_run,
     parse_args,
     play,
+    rank,
     save_adapter,
     save_checkpoint,
     short_name,
     show_step,
+    sum_gradients,
+    summed,
+    world,
 )
 
 # ---------------------------------------------------------------------------------------------------------
@@ -227,14 +231,6 @@ def critic_advantages(learner, episodes, prompts, args):
 # The learner: policy, critic, optimizer, on one process or several
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def gathered(share):
     """The lists of all ranks, interleaved: rank r holds items r, r + world, r + 2 world, ..."""
     if world() == 1:
@@ -242,17 +238,6 @@ def gathered(share):
     shares = [None] * world()
     dist.all_gather_object(shares, share)
     return [shares[i % world()][i // world()] for i in range(sum(map(len, shares)))]
-
-
-def summed(counter):
-    """A counter added up over the ranks, each of which saw its share."""
-    shares = [counter] * world()
-    if world() > 1:
-        dist.all_gather_object(shares, counter)
-    total = collections.Counter()
-    for share in shares:
-        total.update(share)
-    return total
 
 
 class Learner:
@@ -332,10 +317,7 @@ class Learner:
                 loss * len(part) / len(chosen)
             ).backward()  # summed over micro-batches and ranks: the whole batch's gradient
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if world() > 1:
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
+        sum_gradients(parameters)
         norms = [nn.utils.clip_grad_norm_(group["params"], self.args.clip) for group in self.optimizer.param_groups]
         if all(map(torch.isfinite, norms)):
             self.optimizer.step()
@@ -442,11 +424,7 @@ def start_run(args, run, sft_adapters):
         "keep",
     )  # may differ on resume
     config = {key: value for key, value in vars(args).items() if key not in where}
-    checkpoint = open_run(run, config, args.resume) if rank() == 0 else None
-    if world() > 1:
-        box = [checkpoint]
-        dist.broadcast_object_list(box)
-        checkpoint = box[0]
+    checkpoint = from_first(lambda: open_run(run, config, args.resume))
     # adapters and optimizer of one moment: not the run's final adapters, which may be half written
     adapters = {name: checkpoint / name for name in sft_adapters} if checkpoint else sft_adapters
     players = load_players(args, adapters, max_reflection=args.max_reflection)
@@ -719,20 +697,6 @@ def resolve(args):
         raise UserError(
             f"--group {args.group}: {args.algo} needs groups of at least 2 that divide --episodes {args.episodes}"
         )
-
-
-def join_processes(args):
-    """Under torchrun: join the other processes, each with a GPU of its own where there are GPUs."""
-    if "WORLD_SIZE" not in os.environ:
-        return
-    on_gpu = torch.device(args.device).type == "cuda"
-    # the others wait while rank 0 runs SFT or an evaluation, which may take longer than the default 10 minutes
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=2))
-    if on_gpu:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world()))
 
 
 def main():

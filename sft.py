@@ -15,10 +15,12 @@ reflections are GPT-4's; ours are written by the rule teachers of `negatives.py`
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import math
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ import envs
 import negatives
 from envs import UserError
 from reflect_rl import (
+    ACTION_HEADER,
     LABELS,
     Players,
     action_labels,
@@ -39,14 +42,20 @@ from reflect_rl import (
     add_common_options,
     encode,
     env_factory,
+    from_first,
+    join_processes,
     load_base,
     log_line,
     open_run,
     parse_args,
+    rank,
     save_adapter,
     save_checkpoint,
     short_name,
+    sum_gradients,
+    summed,
     use_adapter,
+    world,
 )
 
 # ---------------------------------------------------------------------------------------------------------
@@ -99,30 +108,53 @@ class Schedule:
 
 
 def accumulate(model, pairs, micro_batch, bf16):
-    """Backward of the batch's `completion_loss`, `micro_batch` pairs at a time; the same gradient, less memory."""
+    """Backward of the batch's `completion_loss`, `micro_batch` pairs at a time; the same gradient, less memory.
+
+    Pairs of about one length go together, which needs little padding. Of several processes each takes its share.
+    """
     total, tokens = 0.0, sum(len(completion) for _, completion in pairs)
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))[rank() :: world()]
     for start in range(0, len(pairs), micro_batch or len(pairs)):
         ids, mask = collate(pairs[start : start + (micro_batch or len(pairs))], model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             loss = completion_loss(model, ids, mask) * (mask.sum() / tokens)
         loss.backward()
         total += loss.item()
-    return total
+    return summed(collections.Counter(loss=total))["loss"]
 
 
-def fit(model, parameters, batch_at, schedule, run, write, bf16=False, resume_from=None, save_every=200, report=None):
+def adamw(parameters, lr):
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+
+
+def fit(
+    model,
+    parameters,
+    batch_at,
+    schedule,
+    run,
+    write,
+    bf16=False,
+    resume_from=None,
+    save_every=200,
+    report=None,
+    optimizers=None,
+):
     """Minimise `completion_loss` for `schedule.steps` updates; the mean of the last 20 losses.
 
     `batch_at(step)` gives the token-id pairs of an update as a function of the step alone, so a resumed run sees what
     the uninterrupted one saw. `write(folder)` puts the weights into a checkpoint, `report()` held-out figures.
+    `optimizers` (default: AdamW on all parameters) keep the proportions of their learning rates.
     """
     parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=0.01, betas=(0.9, 0.99))
+    optimizers = optimizers or [adamw(parameters, schedule.lr)]
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     start, losses = 0, []
     if resume_from:
         state = torch.load(resume_from / "state.pt", weights_only=True)
         start, losses = state["step"], state["losses"]
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         with torch.no_grad():
             for parameter, saved in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
@@ -133,7 +165,7 @@ def fit(model, parameters, batch_at, schedule, run, write, bf16=False, resume_fr
             {
                 "step": step + 1,
                 "losses": losses[-20:],
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "parameters": [p.detach().cpu() for p in parameters],
             },
             folder / "state.pt",
@@ -145,21 +177,24 @@ def fit(model, parameters, batch_at, schedule, run, write, bf16=False, resume_fr
         total=schedule.steps,
         desc=Path(run).name,
         unit="update",
-        disable=None,
+        disable=None if rank() == 0 else True,
     )
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
+        for optimizer, rates in zip(optimizers, peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = peak * schedule.lr_at(step) / schedule.lr
         loss = accumulate(model, batch_at(step), schedule.micro_batch, bf16)
+        sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
         if not torch.isfinite(norm):
             raise UserError(f"step {step}: the gradient is not finite; try a smaller --lr, or --bf16 off")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
         losses.append(loss)
         bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}")
         last = step + 1 == schedule.steps
-        if last or (step + 1) % 20 == 0:
+        if rank() == 0 and (last or (step + 1) % 20 == 0):
             held_out = report() if report and (last or (step + 1) % 100 == 0) else {}
             log_line(
                 run,
@@ -169,7 +204,7 @@ def fit(model, parameters, batch_at, schedule, run, write, bf16=False, resume_fr
                 lr=schedule.lr_at(step),
                 **held_out,
             )
-        if last or (step + 1) % save_every == 0:
+        if rank() == 0 and (last or (step + 1) % save_every == 0):
             save_checkpoint(run, step + 1, save)
     return sum(losses[-20:]) / max(1, len(losses[-20:]))
 
@@ -320,6 +355,8 @@ def sft_run(args, stages):
 # ---------------------------------------------------------------------------------------------------------
 # Base LM
 
+MUON_TO_ADAMW = 0.1  # learning rate of AdamW's parameters, as a share of Muon's
+
 
 def train_tokenizer(texts, size):
     """Byte-level BPE in which every digit and punctuation mark is a token of its own, so that a grid cell never
@@ -344,27 +381,59 @@ def train_tokenizer(texts, size):
     )
 
 
-def base_corpus(names, seed, numbers):
+def base_corpus(names, seed, numbers, quiz=0):
     """The documents of a corpus with these numbers, the environments in turn; a function of its arguments alone."""
     return [
         negatives.corpus_document(
-            functools.partial(envs.make, names[i % len(names)]), random.Random(f"{seed}/{i}"), LABELS
+            functools.partial(envs.make, names[i % len(names)]), random.Random(f"{seed}/{i}"), LABELS, quiz
         )
         for i in numbers
     ]
 
 
 def copying_exercise(rng, vocabulary):
-    """Random tokens, then the same again. It teaches to copy, and gives every token of the vocabulary an embedding of
-    its own: those that play never shows would else collapse into one, and a frozen base could not tell them apart."""
-    return 2 * [rng.randrange(vocabulary) for _ in range(rng.randrange(4, 24))]
+    """Random tokens, to be said again. It teaches to copy, and gives every token of the vocabulary an embedding of its
+    own: those that play never shows would else collapse into one, and a frozen base could not tell them apart."""
+    tokens = [rng.randrange(vocabulary) for _ in range(rng.randrange(4, 24))]
+    return tokens, tokens
+
+
+@torch.no_grad()
+def initialise(model):
+    """Start a GPT-2 with sinusoidal positions (Vaswani et al. 2017) and one head that looks at the token before.
+
+    Copying means to find where the present token occurred and to go on as it went on there (an induction head, Olsson
+    et al. 2022). It needs, in a layer below, a head that says what came before. From random weights both took over ten
+    times as long to appear, and all reading of names and menus waits for them.
+    """
+    width, head = model.config.n_embd, model.config.n_embd // model.config.n_head
+    half, pairs = width // 2, torch.arange(head // 2)
+    frequency = 2.5 * torch.exp(-math.log(5000) * torch.arange(half) / half)  # from nearly pi on: neighbours differ
+    angle = torch.arange(model.config.n_positions)[:, None] * frequency
+    model.transformer.wpe.weight.copy_(0.04 * torch.cat([angle.sin(), angle.cos()], 1))
+    weight = model.transformer.h[0].attn.c_attn.weight  # (d, 3 d): columns of queries, keys, values
+    query, key, gain = weight[:, :head], weight[:, width : width + head], 2.0
+    query.zero_(), key.zero_()
+    sine = pairs * max(1, half // head)  # rows of the (quicker) sines; their cosines are `half` rows below
+    a, b, turn = 2 * pairs, 2 * pairs + 1, frequency[sine]
+    key[sine, a] = key[half + sine, b] = gain  # the position, as it is
+    query[sine, a] = query[half + sine, b] = gain * turn.cos()  # the position turned back by one
+    query[half + sine, a], query[sine, b] = -gain * turn.sin(), gain * turn.sin()
+
+
+def base_optimizers(model, lr):
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest: about twice AdamW's speed here."""
+    matrices = [p for name, p in model.named_parameters() if ".h." in name and p.ndim == 2]
+    rest = [p for name, p in model.named_parameters() if not (".h." in name and p.ndim == 2)]
+    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, momentum=0.95), adamw(rest, MUON_TO_ADAMW * lr)]
 
 
 @torch.no_grad()
 def reading_accuracy(model, tokenizer, name, states=200, seed=1):
-    """How well the LM can read an environment: `{beginning of a fact: share finished right}` on random-play states.
+    """How well the LM can read an environment: `{beginning of a fact: (finished right, asked)}` on random-play states.
 
-    A fact counts when every token of its rest is the most probable one given the true ones before it.
+    A fact counts when every token of its rest is the most probable one given the true ones before it. Beginnings that
+    differ in names with numbers, dots or slashes only are one: `On ... there is`.
     """
     env, rng, right = envs.make(name), random.Random(f"read/{seed}"), {}
     for _ in range(states):
@@ -381,8 +450,23 @@ def reading_accuracy(model, tokenizer, name, states=200, seed=1):
         best = model(ids, use_cache=False).logits[:, :-1].argmax(-1)
         exact = ((best == ids[:, 1:]) | ~mask[:, 1:]).all(1).tolist()
         for (beginning, _), ok in zip(facts, exact, strict=True):
-            right.setdefault(beginning, []).append(ok)
-    return {beginning: sum(oks) / len(oks) for beginning, oks in right.items()}
+            kind = re.sub(r"[a-z]+ \d+|\S+[./]\S*", "...", beginning)
+            before = right.get(kind, (0, 0))
+            right[kind] = (before[0] + ok, before[1] + 1)
+    return right
+
+
+@torch.no_grad()
+def label_accuracy(model, tokenizer, documents):
+    """How often the LM finds the label of the action that a document names: `(right, asked)`."""
+    asked = []
+    for document in (document for document in documents if "Now: " in document):
+        before, _, after = document.rpartition(ACTION_HEADER)
+        prompt = encode(tokenizer, before + ACTION_HEADER)
+        asked.append((prompt, encode_more(tokenizer, before + ACTION_HEADER, after[0])))
+    ids, mask = collate(asked, model.device)
+    best = model(ids, use_cache=False).logits[:, :-1].argmax(-1)
+    return ((best == ids[:, 1:]) & mask[:, 1:]).sum().item(), len(asked)
 
 
 def train_base(args):
@@ -414,37 +498,50 @@ def train_base(args):
             attn_pdrop=0.0,
             activation_function="gelu_pytorch_tanh",
         )
-    ).to(args.device)
-    schedule = Schedule(args.base_steps, args.base_batch, args.base_lr, warmup=100)
+    )
+    initialise(model)
+    model.to(args.device)
+    schedule = Schedule(args.base_steps, args.base_batch, args.base_lr, warmup=50, micro_batch=8)
     config = {
-        key: getattr(args, key) for key in ("corpus_envs", "seed", "vocabulary", "width", "layers")
+        key: getattr(args, key)
+        for key in ("corpus_envs", "seed", "vocabulary", "width", "layers", "copy_steps", "quiz_from")
     } | dataclasses.asdict(schedule)
-    resume_from = open_run(run, config, resume=True)
+    resume_from = from_first(lambda: open_run(run, config, resume=True))
 
-    def pairs(seed, numbers):  # (first token, the rest): every token but the first is predicted
-        rows = tokenizer(base_corpus(names, seed, numbers))["input_ids"]
-        rows += [copying_exercise(random.Random(f"{seed}/copy/{i}"), len(tokenizer)) for i in numbers if i % 8 == 0]
+    def documents(seed, numbers, quiz):  # (first token, the rest): every token but the first is predicted
+        rows = tokenizer(base_corpus(names, seed, numbers, quiz))["input_ids"]
         return [(ids[:1], [*ids[1:], tokenizer.eos_token_id]) for ids in rows]
 
+    def exercises(step, count):
+        rng = random.Random(f"{args.seed}/copy/{step}")
+        return [copying_exercise(rng, len(tokenizer)) for _ in range(count)]
+
+    def batch_at(step):
+        if step < args.copy_steps:  # first to copy, then to read, then to find labels as well
+            return exercises(step, 4 * schedule.batch)
+        numbers = range(step * schedule.batch, (step + 1) * schedule.batch)
+        quiz = 4 if step >= args.quiz_from else 0
+        return documents(args.seed, numbers, quiz) + exercises(step, schedule.batch // 4)
+
     def report():
+        ids, mask = collate(documents(f"valid/{args.seed}", range(90), 4), model.device)
         with torch.no_grad():
-            return {
-                "valid_loss": completion_loss(
-                    model, *collate(pairs(f"valid/{args.seed}", range(90)), model.device)
-                ).item()
-            }
+            return {"valid_loss": completion_loss(model, ids, mask).item()}
 
     fit(
         model,
         model.parameters(),
-        lambda step: pairs(args.seed, range(step * schedule.batch, (step + 1) * schedule.batch)),
+        batch_at,
         schedule,
         run,
         write=lambda folder: None,
         bf16=args.bf16,
         resume_from=resume_from,
         report=report,
+        optimizers=base_optimizers(model, schedule.lr),
     )
+    if rank():
+        return
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(
@@ -452,8 +549,11 @@ def train_base(args):
         f"held-out loss {report()['valid_loss']:.4f}"
     )
     for name in names:
-        for beginning, share in reading_accuracy(model, tokenizer, name).items():
-            print(f"  reads {name}: {beginning:40} {share:6.1%}")
+        right, asked = label_accuracy(model, tokenizer, base_corpus([name], f"labels/{args.seed}", range(200)))
+        print(f"{name}: finds the label of a named action {right / asked:.1%} of {asked} times; finishes facts")
+        found = reading_accuracy(model, tokenizer, name)
+        for kind, (right, asked) in sorted(found.items(), key=lambda item: -item[1][1])[:16]:
+            print(f"  {kind:40} {right / asked:6.1%} of {asked}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -489,16 +589,26 @@ def main():
     group = parser.add_argument_group("base LM (--stage base)")
     group.add_argument("--out", default="models/new", help="where the new base LM goes (default: models/new)")
     group.add_argument(
-        "--corpus-envs", default="taxi", help="environments whose random play is the corpus (default: taxi)"
+        "--corpus-envs",
+        default="taxi,autoexplore,alfworld",
+        help="environments whose random play is the corpus (default: all three)",
     )
-    group.add_argument("--vocabulary", type=int, default=768, help="most tokens (default: 768)")
+    group.add_argument("--vocabulary", type=int, default=1536, help="most tokens (default: 1536)")
     group.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 32 (default: 128)")
     group.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
-    group.add_argument("--base-steps", type=int, default=1600, help="updates (default: 1600)")
-    group.add_argument("--base-batch", type=int, default=32, help="documents an update (default: 32)")
-    group.add_argument("--base-lr", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
+    group.add_argument("--copy-steps", type=int, default=200, help="updates that only copy, at first (default: 200)")
+    group.add_argument(
+        "--quiz-from",
+        type=int,
+        default=2600,
+        help="update from which documents end with a quiz on labels (default: 2600)",
+    )
+    group.add_argument("--base-steps", type=int, default=6400, help="updates (default: 6400)")
+    group.add_argument("--base-batch", type=int, default=16, help="documents an update (default: 16)")
+    group.add_argument("--base-lr", type=float, default=0.03, help="peak learning rate of Muon (default: 0.03)")
     args = parse_args(parser)
     if args.stage == "base":
+        join_processes(args)
         train_base(args)
     else:
         sft_run(args, [args.stage] if args.stage else ["reflect", "policy"])

@@ -292,6 +292,29 @@ def test_facts_are_true():
             assert facts[f"To move {direction}"] == (f"leads to row {to[0]} column {to[1]}." if to else "is blocked.")
 
 
+def test_facts_about_the_last_action_are_true():
+    """Catches a fact about the cell before that is about the cell now, and one that is there where nothing moved."""
+    for task in envs.make("taxi").tasks("train")[:40]:
+        env, state, info = start(task)
+        before, rng = maps.parse(state), random.Random(task)
+        for _ in range(12):
+            action = rng.randrange(6)
+            state, _, terminated, truncated, info = env.step(action)
+            if terminated or truncated:
+                break
+            facts = {beginning: rest.strip() for beginning, rest in env.describe()}
+            now = maps.parse(state)
+            assert facts["Before it the taxi was at row"] == f"{before[0][0]} column {before[0][1]}."
+            assert facts["The last action was"] == f"{info['actions'][action]}."
+            led = facts.get(f"To {info['actions'][action]} led")
+            assert (led is None) == (action > 3)
+            if led:
+                goal = now[1] or now[2]
+                distance = [abs(cell[0] - goal[0]) + abs(cell[1] - goal[1]) for cell in (before[0], now[0])]
+                assert led.startswith("towards") == (distance[1] < distance[0])
+            before = now
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Making
 

@@ -1,5 +1,6 @@
 """Intervals, summaries, the panel, baselines, tables."""
 
+import functools
 import json
 import math
 import types
@@ -8,6 +9,7 @@ import pytest
 from conftest import run_script, table_of, tiny_options
 from corridor import Corridor
 
+import envs
 import eval as evaluation
 from envs import UserError
 from reflect_rl import Episode, Step
@@ -204,3 +206,27 @@ def test_plot(tmp_path, monkeypatch):
         monkeypatch=monkeypatch,
     )
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_groups_are_reported_apart(capsys):
+    """Catches groups that mix tasks, and a table that shows only the mean of all."""
+    make = functools.partial(envs.make, "alfworld")
+    args = types.SimpleNamespace(split="test", repeats=1)
+    expert = evaluation.row("expert", evaluation.expert_actor, make, args)
+    nobody = evaluation.row("random", evaluation.random_actor, make, args)
+    types_ = {name.replace("_", " ") for name in envs.household()["sentences"]}
+    assert set(expert["groups"]) == types_ | {"seen combination", "unseen combination"}
+    assert {name: found["episodes"] for name, found in expert["groups"].items() if name in types_} == {
+        name: 20 for name in types_
+    }
+    for table in (expert, nobody):
+        found = [figures["success"] for name, figures in table["groups"].items() if name in types_]
+        assert sum(found) / 6 == pytest.approx(table["sampled"]["success"])
+    evaluation.print_table([nobody, expert])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "pick two obj and place" in line]
+    assert [line.split("|")[1].strip() for line in lines] == ["random", "expert"] and "100.0%" in lines[1]
+
+
+def test_depths_are_groups():
+    env = envs.make("autoexplore", generated=10)
+    assert {env.groups(task) for task in env.tasks("train")} == {(f"depth {depth}",) for depth in range(4)}

@@ -9,7 +9,7 @@ import torch
 from conftest import Killed, randomise, read_log, run_script, tiny_options
 from corridor import Corridor
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import envs
 import negatives
@@ -319,6 +319,8 @@ def test_base_is_made_from_nothing(tmp_path, monkeypatch, capsys):
         3,
         "--base-batch",
         4,
+        "--copy-steps",
+        1,
     ]
     run_script(sft, *options, monkeypatch=monkeypatch)
     out = capsys.readouterr().out
@@ -352,8 +354,51 @@ def test_reading_accuracy_is_measured(tokenizers, monkeypatch):
 
     shares = sft.reading_accuracy(Knows(), tokenizer, "taxi", states=4)
     [known] = [beginning for beginning in shares if re.fullmatch(r"The passenger is( now)?", beginning)]
-    assert shares.pop(known) == 1.0
-    assert shares and not any(shares.values())
+    assert shares.pop(known) == (4, 4)
+    assert shares and not any(right for right, _ in shares.values())
+
+
+def test_labels_are_examined(tokenizers):
+    """Catches an exam of another position: a model that always says B behind the header is right on one of two
+    documents, and one that names no action is not asked."""
+    tokenizer = tokenizers["digit-splitting"]
+    b = tokenizer("B")["input_ids"][0]
+
+    class SaysB(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, ids, use_cache=False):
+            logits = torch.zeros(*ids.shape, len(tokenizer))
+            logits[..., b] = 1.0
+            return type("Output", (), {"logits": logits})
+
+    documents = [f"{fact}\n# Actions:\nA x\nB y\n# Action:\n{label}\nz" for fact, label in
+                 (("Now: x.", "A"), ("Now: y.", "B"), ("Then.", "B"))]  # fmt: skip
+    assert sft.label_accuracy(SaysB(), tokenizer, documents) == (1, 2)
+
+
+def new_gpt2(width=128, layers=2):
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=width, n_layer=layers, n_head=width // 32, n_positions=256))
+
+
+@pytest.mark.parametrize("width", [128, 256])
+def test_first_head_starts_by_looking_at_the_token_before(width):
+    """Catches a rotation the wrong way round, or queries and keys of another head."""
+    torch.manual_seed(0)
+    model = new_gpt2(width)
+    model.eval().set_attn_implementation("eager")
+    sft.initialise(model)
+    with torch.no_grad():
+        weights = model(torch.randint(64, (2, 200)), output_attentions=True).attentions[0]  # (B, heads, T, T)
+    here = weights[:, 0]
+    shares = [here.diagonal(-back, 1, 2)[:, 50:].mean().item() for back in range(5)]
+    assert shares[1] > 0.4 and shares[1] > 10 * max(shares[2:]), shares  # the rest looks at the token itself
+
+
+def test_base_optimizers_hold_every_parameter_once():
+    model = new_gpt2()
+    held = [p for o in sft.base_optimizers(model, 0.02) for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
 
 
 def test_corpus_is_a_function_of_its_numbers():
