@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import envs
 import negatives
@@ -63,13 +63,16 @@ from reflect_rl import (
 
 
 def collate(pairs, device="cpu"):
-    """Token-id pairs (prompt, completion) -> ids (B, T), right-padded, and a mask of completion tokens (B, T)."""
+    """Token-id pairs (prompt, completion) -> ids (B, T), right-padded, and a mask of completion tokens (B, T).
+
+    A completion may have gaps: a token t that is read there, but not learned, is written ~t (which is negative).
+    """
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
     ids, mask = torch.zeros(len(pairs), longest, dtype=torch.long), torch.zeros(len(pairs), longest, dtype=torch.bool)
     for row, (prompt, completion) in enumerate(pairs):
-        end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor([*prompt, *completion])
-        mask[row, len(prompt) : end] = True
+        tokens, end = torch.tensor([*prompt, *completion]), len(prompt) + len(completion)
+        ids[row, :end] = torch.where(tokens < 0, ~tokens, tokens)
+        mask[row, len(prompt) : end] = tokens[len(prompt) :] >= 0
     return ids.to(device), mask.to(device)
 
 
@@ -112,7 +115,7 @@ def accumulate(model, pairs, micro_batch, bf16):
 
     Pairs of about one length go together, which needs little padding. Of several processes each takes its share.
     """
-    total, tokens = 0.0, sum(len(completion) for _, completion in pairs)
+    total, tokens = 0.0, sum(token >= 0 for _, completion in pairs for token in completion)
     pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))[rank() :: world()]
     for start in range(0, len(pairs), micro_batch or len(pairs)):
         ids, mask = collate(pairs[start : start + (micro_batch or len(pairs))], model.device)
@@ -398,6 +401,25 @@ def copying_exercise(rng, vocabulary):
     return tokens, tokens
 
 
+def label_exercise(rng, tokenizer, ids):
+    """A menu of random tokens; then, in another order, its lines, each with its label. `ids`: of the labels.
+
+    As play goes the base LM sees such a question once in 300 tokens, and did not learn to answer in 40,000 documents.
+    """
+    pool = range(len(tokenizer)) if rng.random() < 0.7 else [rng.randrange(len(tokenizer)) for _ in range(12)]
+    lines = {tuple(rng.choices(pool, k=rng.randrange(1, 5))) for _ in range(rng.randrange(3, 10))}
+    lines = list(enumerate(rng.sample(sorted(lines), len(lines))))
+    pieces = ("# Actions:\n", "\n", "Now:", ".\n", ACTION_HEADER)
+    header, newline, now, stop, end = (encode(tokenizer, piece) for piece in pieces)
+    menu = header + [token for i, line in lines for token in (ids[i], *line, *newline)]
+    (first, line), *others = rng.sample(lines, len(lines))
+    named = [*now, *line, *stop]  # the first line is named before the menu or behind it
+    prompt, completion = (menu + named if rng.random() < 0.5 else named + menu) + end, [ids[first]]
+    for i, line in others:
+        completion += [~token for token in [*newline, *now, *line, *stop, *end]] + [ids[i]]
+    return prompt, completion
+
+
 @torch.no_grad()
 def initialise(model):
     """Start a GPT-2 with sinusoidal positions (Vaswani et al. 2017) and one head that looks at the token before.
@@ -469,20 +491,39 @@ def label_accuracy(model, tokenizer, documents):
     return ((best == ids[:, 1:]) & mask[:, 1:]).sum().item(), len(asked)
 
 
+def base_tokenizer(names, args, folder):
+    """Train the tokenizer, once: a resumed run must not number its tokens anew. Returns the folder that holds it."""
+    if not (folder / "tokenizer.json").exists():
+        sample = base_corpus(names, f"tokenizer/{args.seed}", range(3000))
+        # the tokenizer, and it alone, also sees teacher reflections: it should spell them in few tokens
+        for name in names:
+            records = negatives.make_records(functools.partial(envs.make, name), 30, 0.5, args.seed)
+            sample += [record.reflection for record in records]
+        train_tokenizer(sample, args.vocabulary).save_pretrained(folder)
+    return folder
+
+
 def train_base(args):
     """Make `models/nano`: tokenizer and LM from nothing, on text of random play (no expert, no reflection)."""
     names, out = args.corpus_envs.split(","), Path(args.out)
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model already: give another --out")
     run = Path(args.runs) / f"base-s{args.seed}"
-    sample = base_corpus(names, f"tokenizer/{args.seed}", range(3000))
-    # the tokenizer, and it alone, also sees teacher reflections: it should spell them in few tokens
-    sample += [
-        record.reflection
-        for name in names
-        for record in negatives.make_records(lambda name=name: envs.make(name), 30, 0.5, args.seed)
-    ]
-    tokenizer = train_tokenizer(sample, args.vocabulary)
+    schedule = Schedule(args.base_steps, args.base_batch, args.base_lr, warmup=50, micro_batch=8)
+    keys = (
+        "corpus_envs",
+        "seed",
+        "vocabulary",
+        "width",
+        "layers",
+        "copy_steps",
+        "quiz_from",
+        "labels_from",
+        "label_steps",
+    )
+    config = {key: getattr(args, key) for key in keys} | dataclasses.asdict(schedule)
+    resume_from = from_first(lambda: open_run(run, config, resume=True))
+    tokenizer = AutoTokenizer.from_pretrained(from_first(lambda: base_tokenizer(names, args, run / "tokenizer")))
     torch.manual_seed(args.seed)
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -501,27 +542,30 @@ def train_base(args):
     )
     initialise(model)
     model.to(args.device)
-    schedule = Schedule(args.base_steps, args.base_batch, args.base_lr, warmup=50, micro_batch=8)
-    config = {
-        key: getattr(args, key)
-        for key in ("corpus_envs", "seed", "vocabulary", "width", "layers", "copy_steps", "quiz_from")
-    } | dataclasses.asdict(schedule)
-    resume_from = from_first(lambda: open_run(run, config, resume=True))
 
     def documents(seed, numbers, quiz):  # (first token, the rest): every token but the first is predicted
         rows = tokenizer(base_corpus(names, seed, numbers, quiz))["input_ids"]
         return [(ids[:1], [*ids[1:], tokenizer.eos_token_id]) for ids in rows]
 
-    def exercises(step, count):
+    _, label_ids = action_labels(tokenizer)
+
+    def copying(step, count):
         rng = random.Random(f"{args.seed}/copy/{step}")
         return [copying_exercise(rng, len(tokenizer)) for _ in range(count)]
 
+    def labelling(step, count):
+        rng = random.Random(f"{args.seed}/label/{step}")
+        return [label_exercise(rng, tokenizer, label_ids) for _ in range(count)]
+
     def batch_at(step):
-        if step < args.copy_steps:  # first to copy, then to read, then to find labels as well
-            return exercises(step, 4 * schedule.batch)
-        numbers = range(step * schedule.batch, (step + 1) * schedule.batch)
-        quiz = 4 if step >= args.quiz_from else 0
-        return documents(args.seed, numbers, quiz) + exercises(step, schedule.batch // 4)
+        after = step - args.labels_from
+        if step < args.copy_steps:  # first to copy, then to read, ...
+            return copying(step, 4 * schedule.batch)
+        if 0 <= after < args.label_steps:  # ... then to find labels, ...
+            return labelling(step, 2 * schedule.batch)
+        numbers = range(step * schedule.batch, (step + 1) * schedule.batch)  # ... then all of it
+        exercises = copying(step, schedule.batch // 4) + (labelling(step, schedule.batch // 4) if after > 0 else [])
+        return documents(args.seed, numbers, 4 if step >= args.quiz_from else 0) + exercises
 
     def report():
         ids, mask = collate(documents(f"valid/{args.seed}", range(90), 4), model.device)
@@ -603,7 +647,11 @@ def main():
         default=2600,
         help="update from which documents end with a quiz on labels (default: 2600)",
     )
-    group.add_argument("--base-steps", type=int, default=6400, help="updates (default: 6400)")
+    group.add_argument(
+        "--labels-from", type=int, default=4000, help="update from which labels are exercised (default: 4000)"
+    )
+    group.add_argument("--label-steps", type=int, default=1000, help="updates that do only that (default: 1000)")
+    group.add_argument("--base-steps", type=int, default=6000, help="updates (default: 6000)")
     group.add_argument("--base-batch", type=int, default=16, help="documents an update (default: 16)")
     group.add_argument("--base-lr", type=float, default=0.03, help="peak learning rate of Muon (default: 0.03)")
     args = parse_args(parser)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import random
 import re
 
 import pytest
@@ -375,6 +376,31 @@ def test_labels_are_examined(tokenizers):
     documents = [f"{fact}\n# Actions:\nA x\nB y\n# Action:\n{label}\nz" for fact, label in
                  (("Now: x.", "A"), ("Now: y.", "B"), ("Then.", "B"))]  # fmt: skip
     assert sft.label_accuracy(SaysB(), tokenizer, documents) == (1, 2)
+
+
+def test_completion_may_have_gaps():
+    """Catches a gap that is learned, one that the model does not see, and a mean over the gap as well."""
+    ids, mask = sft.collate([([5, 6], [7, ~8, ~9, 4]), ([3], [2])])
+    assert ids.tolist() == [[5, 6, 7, 8, 9, 4], [3, 2, 0, 0, 0, 0]]
+    assert mask.nonzero().tolist() == [[0, 2], [0, 5], [1, 1]]
+    model, pairs = new_gpt2().eval(), [([5, 6], [7, ~8, ~9, 4]), ([3], [2])]
+    expected = sft.completion_loss(model, ids, mask)
+    assert sft.accumulate(model, pairs, 1, bf16=False) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_label_exercise_has_one_right_answer(tokenizers):
+    """Catches labels of other lines, lines that are there twice, and learning the random tokens of the lines."""
+    tokenizer = tokenizers["digit-splitting"]
+    _, ids = reflect_rl.action_labels(tokenizer)
+    for seed in range(30):
+        prompt, completion = sft.label_exercise(random.Random(seed), tokenizer, ids)
+        text = tokenizer.decode(prompt + [~t if t < 0 else t for t in completion])
+        menu = re.search(r"# Actions:\n(.*?\n)(?=Now:|# Action:)", text, re.S)[1]
+        asked = re.findall(r"Now:(.*?)\.\n", text, re.S)
+        answers = [tokenizer.decode(t) for t in completion if t >= 0]
+        assert len(asked) == len(answers) >= 2
+        for line, label in zip(asked, answers, strict=True):
+            assert f"{label}{line}\n" in menu
 
 
 def new_gpt2(width=128, layers=2):
