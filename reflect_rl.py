@@ -271,6 +271,7 @@ class Players:
         self.context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self.bf16, self.memo_size = bf16, memo_size
         self.generator = torch.Generator().manual_seed(0)  # samples reflections, where that is asked for
+        self.known, self.version = {}, -1  # see `scores`
         self.clear_memo()
 
     def clear_memo(self):
@@ -326,6 +327,19 @@ class Players:
     def log_probs(self, prompts, counts, adapter="policy"):
         """`score` of the `features`: what rollout and update both call."""
         return self.score(self.features(prompts, adapter), counts)
+
+    @torch.no_grad()
+    def scores(self, prompts, counts):
+        """`log_probs` as lists of floats, remembered while the policy's weights stay as they are: states come back."""
+        version = sum(p._version for p in adapter_parameters(self.model, "policy"))  # grows with every change in place
+        if version != self.version or len(self.known) > self.memo_size:
+            self.known, self.version = {}, version
+        new = {prompt: n for prompt, n in zip(prompts, counts, strict=True) if prompt not in self.known}
+        if new:
+            rows = self.log_probs(list(new), list(new.values())).cpu()
+            for (prompt, n), row in zip(new.items(), rows, strict=True):
+                self.known[prompt] = row[:n].tolist()
+        return [self.known[prompt] for prompt in prompts]
 
     @torch.no_grad()
     def reflect(self, states):
@@ -389,10 +403,7 @@ class Players:
         """The actor interface of `play`: reflections (or Nones) and log-probabilities, a list of floats a state."""
         reflections = self.reflect(states) if self.reflection else [None] * len(states)
         prompts = [self.prompt(*row) for row in zip(states, reflections, actions, strict=True)]
-        counts = [len(a) for a in actions]
-        return reflections, [
-            row[:n].tolist() for row, n in zip(self.log_probs(prompts, counts).cpu(), counts, strict=True)
-        ]
+        return reflections, self.scores(prompts, [len(a) for a in actions])
 
 
 # ---------------------------------------------------------------------------------------------------------

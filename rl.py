@@ -489,6 +489,7 @@ def train(args, sft_adapters):
 def play_together(players, make_env, tasks, options, seed, first):
     """The episodes of all tasks, in their order; each rank plays its share. Their RNGs depend on nothing else."""
     numbers = range(rank(), len(tasks), world())
+    players.known.clear()  # whether or not there was an evaluation before: a resumed run must round alike
     share = play(
         players, make_env, [tasks[i] for i in numbers], options=options, seed=seed, numbers=[first + i for i in numbers]
     )
@@ -620,7 +621,7 @@ def add_rl_options(parser):
         default="reinforce",
         help="see the top of rl.py (default: reinforce)",
     )
-    group.add_argument("--updates", type=int, default=80, help="batches of episodes (default: 80)")
+    group.add_argument("--updates", type=int, default=100, help="batches of episodes (default: 100)")
     group.add_argument("--episodes", type=int, default=32, help="episodes a batch (default: 32)")
     group.add_argument(
         "--rl-lr", type=float, default=1e-3, help="peak learning rate; falls linearly to a fifth (default: 1e-3)"

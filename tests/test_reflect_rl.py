@@ -316,6 +316,30 @@ def test_padding_is_told_by_length_not_by_id(bases):
     torch.testing.assert_close(got[0].double(), full_model_log_probs(players, prompts[0], 4), atol=1e-5, rtol=0)
 
 
+def test_scores_are_remembered_until_the_policy_changes(bases):
+    """Catches a rollout that plays an old policy: one optimizer step, a loaded adapter, and all is scored anew."""
+    players = make_players(bases["gpt2"])
+    prompts, counts = some_prompts(players)
+    weights = reflect_rl.adapter_parameters(players.model, "policy")
+    optimizer, passes = torch.optim.AdamW(weights, lr=0.1), []
+    players.features, real = lambda *args: passes.append(len(args[0])) or real(*args), players.features
+
+    def assert_right(rows):
+        with torch.no_grad():
+            expected = players.log_probs(prompts, counts)
+        for row, exact, count in zip(rows, expected, counts, strict=True):
+            assert row == pytest.approx(exact[:count].tolist(), abs=1e-5)
+        passes.pop()
+        return rows
+
+    before = assert_right(players.scores(prompts, counts))
+    assert players.scores(prompts * 2, counts * 2) == before * 2 and passes == [len(set(prompts))]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert assert_right(players.scores(prompts, counts)) != before
+
+
 def test_dropout_is_off(bases):
     """Catches `model.train()` anywhere: the GPT-2 fixture has dropout 0.3, and rollouts must be repeatable."""
     players = make_players(bases["gpt2"])
