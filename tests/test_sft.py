@@ -299,7 +299,9 @@ def test_facts_are_tokenized_behind_their_prompt(tokenizer):
 def test_base_is_made_from_nothing(tmp_path, monkeypatch, capsys):
     """`--stage base` in small: a loadable LM with a finite held-out loss, and never over an existing one."""
     corpus = sft.base_corpus
-    monkeypatch.setattr(sft, "base_corpus", lambda names, seed, numbers, quiz=0: corpus(names, seed, list(numbers)[:40], quiz))
+    monkeypatch.setattr(
+        sft, "base_corpus", lambda names, seed, numbers, quiz=0: corpus(names, seed, list(numbers)[:40], quiz)
+    )
     monkeypatch.setattr(sft, "reading_accuracy", functools.partial(sft.reading_accuracy, states=3))
     options = [
         "--stage",
