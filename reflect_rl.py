@@ -271,7 +271,7 @@ class Players:
         self.context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self.bf16, self.memo_size = bf16, memo_size
         self.generator = torch.Generator().manual_seed(0)  # samples reflections, where that is asked for
-        self.known, self.version = {}, -1  # see `scores`
+        self.known, self.version, self.weights = {}, [], []  # see `scores`
         self.clear_memo()
 
     def clear_memo(self):
@@ -331,9 +331,10 @@ class Players:
     @torch.no_grad()
     def scores(self, prompts, counts):
         """`log_probs` as lists of floats, remembered while the policy's weights stay as they are: states come back."""
-        version = sum(p._version for p in adapter_parameters(self.model, "policy"))  # grows with every change in place
+        weights = adapter_parameters(self.model, "policy")
+        version = [(id(p), p._version) for p in weights]  # _version grows with every change in place
         if version != self.version or len(self.known) > self.memo_size:
-            self.known, self.version = {}, version
+            self.known, self.version, self.weights = {}, version, weights  # kept, so that no id is used again
         new = {prompt: n for prompt, n in zip(prompts, counts, strict=True) if prompt not in self.known}
         if new:
             rows = self.log_probs(list(new), list(new.values())).cpu()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Killed, make_players, randomise, subprocess_of, taxi_states
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import envs
@@ -316,7 +317,7 @@ def test_padding_is_told_by_length_not_by_id(bases):
     torch.testing.assert_close(got[0].double(), full_model_log_probs(players, prompts[0], 4), atol=1e-5, rtol=0)
 
 
-def test_scores_are_remembered_until_the_policy_changes(bases):
+def test_scores_are_remembered_until_the_policy_changes(bases, tmp_path):
     """Catches a rollout that plays an old policy: one optimizer step, a loaded adapter, and all is scored anew."""
     players = make_players(bases["gpt2"])
     prompts, counts = some_prompts(players)
@@ -338,6 +339,12 @@ def test_scores_are_remembered_until_the_policy_changes(bases):
         weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert assert_right(players.scores(prompts, counts)) != before
+    reflect_rl.save_adapter(players.model, "policy", tmp_path)
+    for scale in (1.0, 2.0):  # other weights of the same history: only the parameters themselves are new
+        tensors = {key: scale * t for key, t in load_file(tmp_path / "adapter_model.safetensors").items()}
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        reflect_rl.load_adapter(players.model, "policy", tmp_path)
+        assert_right(players.scores(prompts, counts))
 
 
 def test_dropout_is_off(bases):
