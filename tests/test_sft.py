@@ -1,5 +1,6 @@
 """The supervised loss against Hugging Face's own, masks, the loop, resume, and an overfit of ten examples."""
 
+import argparse
 import functools
 import math
 import random
@@ -10,7 +11,7 @@ import torch
 from conftest import Killed, randomise, read_log, run_script, tiny_options
 from corridor import Corridor
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 import envs
 import negatives
@@ -300,7 +301,7 @@ def test_base_is_made_from_nothing(tmp_path, monkeypatch, capsys):
     """`--stage base` in small: a loadable LM with a finite held-out loss, and never over an existing one."""
     corpus = sft.base_corpus
     monkeypatch.setattr(
-        sft, "base_corpus", lambda names, seed, numbers, quiz=0: corpus(names, seed, list(numbers)[:40], quiz)
+        sft, "base_corpus", lambda names, seed, numbers: corpus(names, seed, list(numbers)[:40])
     )
     monkeypatch.setattr(sft, "reading_accuracy", functools.partial(sft.reading_accuracy, states=3))
     options = [
@@ -324,12 +325,8 @@ def test_base_is_made_from_nothing(tmp_path, monkeypatch, capsys):
         4,
         "--copy-steps",
         1,
-        "--labels-from",
-        2,
         "--label-steps",
-        1,
-        "--quiz-from",
-        3,
+        2,
     ]
     run_script(sft, *options, monkeypatch=monkeypatch)
     out = capsys.readouterr().out
@@ -391,7 +388,7 @@ def test_completion_may_have_gaps():
     ids, mask = sft.collate([([5, 6], [7, ~8, ~9, 4]), ([3], [2])])
     assert ids.tolist() == [[5, 6, 7, 8, 9, 4], [3, 2, 0, 0, 0, 0]]
     assert mask.nonzero().tolist() == [[0, 2], [0, 5], [1, 1]]
-    model, pairs = new_gpt2().eval(), [([5, 6], [7, ~8, ~9, 4]), ([3], [2])]
+    model, pairs = sft.new_base(64, 64, 2).eval(), [([5, 6], [7, ~8, ~9, 4]), ([3], [2])]
     expected = sft.completion_loss(model, ids, mask)
     assert sft.accumulate(model, pairs, 1, bf16=False) == pytest.approx(expected.item(), rel=1e-5)
 
@@ -402,35 +399,46 @@ def test_label_exercise_has_one_right_answer(tokenizers):
     _, ids = reflect_rl.action_labels(tokenizer)
     for seed in range(30):
         prompt, completion = sft.label_exercise(random.Random(seed), tokenizer, ids)
-        text = tokenizer.decode(prompt + [~t if t < 0 else t for t in completion])
+        text = tokenizer.decode(prompt)
         menu = re.search(r"# Actions:\n(.*?\n)(?=Now:|# Action:)", text, re.S)[1]
-        asked = re.findall(r"Now:(.*?)\.\n", text, re.S)
-        answers = [tokenizer.decode(t) for t in completion if t >= 0]
-        assert len(asked) == len(answers) >= 2
-        for line, label in zip(asked, answers, strict=True):
-            assert f"{label}{line}\n" in menu
+        questions, question = [], []
+        for token in completion:
+            question.append(~token if token < 0 else token)
+            if token >= 0:
+                questions.append(tokenizer.decode(question))
+                question = []
+        first, *others = questions
+        assert f"{first}{re.search(r'Now:(.*?)[.]', text, re.S)[1]}\n" in menu and others
+        for other in others:  # "LINE LABEL" or "Now:LINE.\n# Action:\nLABEL"
+            line = re.fullmatch(r"\n(?:Now:(.*)\.\n# Action:\n|(.*))(.)", other, re.S)
+            assert f"{line[3]}{line[1] or line[2]}\n" in menu
 
 
-def new_gpt2(width=128, layers=2):
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=width, n_layer=layers, n_head=width // 32, n_positions=256))
+def test_exercises_come_first_and_grow(tokenizers):
+    """Catches documents before copying and labels are known, and menus that are full size from the start."""
+    options = argparse.Namespace(seed=0, base_batch=4, copy_steps=2, label_steps=30)
+    corpus = sft.BaseCorpus(["taxi"], options, tokenizers["digit-splitting"])
+    sizes = [[len(prompt) + len(completion) for prompt, completion in corpus.batch_at(step)] for step in range(40)]
+    assert [len(size) for size in sizes] == [16] * 2 + [12] * 30 + [6] * 8
+    assert 2 * sum(max(size) for size in sizes[2:7]) < sum(max(size) for size in sizes[27:32])
+    assert corpus.batch_at(35) == corpus.batch_at(35)
 
 
-@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("width", [64, 128])
 def test_first_head_starts_by_looking_at_the_token_before(width):
     """Catches a rotation the wrong way round, or queries and keys of another head."""
     torch.manual_seed(0)
-    model = new_gpt2(width)
-    model.eval().set_attn_implementation("eager")
-    sft.initialise(model)
+    model = sft.new_base(64, width, 2).eval()
+    model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = model(torch.randint(64, (2, 200)), output_attentions=True).attentions[0]  # (B, heads, T, T)
     here = weights[:, 0]
     shares = [here.diagonal(-back, 1, 2)[:, 50:].mean().item() for back in range(5)]
-    assert shares[1] > 0.4 and shares[1] > 10 * max(shares[2:]), shares  # the rest looks at the token itself
+    assert shares[1] > 0.8 and shares[1] > 10 * max(shares[0], *shares[2:]), shares
 
 
 def test_base_optimizers_hold_every_parameter_once():
-    model = new_gpt2()
+    model = sft.new_base(64, 64, 2)
     held = [p for o in sft.base_optimizers(model, 0.02) for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
 
