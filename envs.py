@@ -49,6 +49,7 @@ class Env:
     """
 
     horizon = 30  # steps after which an episode is truncated
+    settings = {}  # defaults of command-line options, where this environment needs others: {"trajectories": 1000}
     training = {}  # reset options of training episodes and teacher data (augmentation); evaluation has none
     rules = ()  # what is true of every state, in sentences; corpus of the base LM only
 
@@ -1770,20 +1771,23 @@ def write_game(task, directory):
 ENVS = {"taxi": DangerousTaxi, "autoexplore": AutoExplore, "alfworld": ALFWorld}
 
 
-def make(name, **options):
-    """An environment by short name, or yours as `package.module:Class`; options go to its constructor."""
+def env_class(name):
+    """An environment's class by short name, or yours as `package.module:Class`."""
     if name in ENVS:
-        cls = ENVS[name]
-    elif ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"cannot load environment {name!r}: {error}") from None
-    else:
+        return ENVS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
         raise UserError(f"unknown environment {name!r}: one of {', '.join(ENVS)}, or package.module:Class")
     try:
-        return cls(**options)
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"cannot load environment {name!r}: {error}") from None
+
+
+def make(name, **options):
+    """A new environment; options go to its constructor."""
+    try:
+        return env_class(name)(**options)
     except TypeError as error:
         raise UserError(f"environment {name!r} does not take these options {options}: {error}") from None
 

@@ -1,5 +1,6 @@
 """Bad input: one clear line on stderr, exit code 2, no traceback, and nothing lost."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -50,6 +51,25 @@ def contents(folder):
 
 # ---------------------------------------------------------------------------------------------------------
 # Every script
+
+
+def test_environments_have_settings_of_their_own(monkeypatch):
+    """Catches an environment's settings that win over what the user gave, or that stay for the next environment."""
+    monkeypatch.setattr(Corridor, "settings", {"trajectories": 77, "negatives": 0.25}, raising=False)
+
+    def parsed(*options):
+        parser = argparse.ArgumentParser()
+        reflect_rl.add_common_options(parser)
+        negatives.add_data_options(parser)
+        monkeypatch.setattr(sys, "argv", ["negatives.py", *options])
+        args = reflect_rl.parse_args(parser)
+        return args.trajectories, args.negatives
+
+    corridor = ("--env", "corridor:Corridor")
+    assert parsed(*corridor) == (77, 0.25)
+    assert parsed(*corridor, "--trajectories", "5") == (5, 0.25)
+    assert parsed(*corridor, "--no-negatives") == (77, 0.0)
+    assert parsed("--env", "taxi") == (200, 0.5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
