@@ -5,8 +5,8 @@
    does not refill its batch: a batch of environments is played until the last of them is done (the usual way); and
    one environment at a time, which is how the shortest scripts do it. Both play greedily with the same prompts, so all
    play the same episodes: the table says how many of their steps agree. "memo warm" is the steady state of a
-   training: every state has been reflected on before, and the policy has just changed, so that no action's probability is
-   known yet. "memo off" forgets reflections and probabilities at every turn: only equal states of one turn share them.
+   training: every state has been reflected on before, and the policy has just changed, so that no action's probability
+   is known yet. "memo off" forgets both at every turn: only equal states of one turn share them.
 2. The update: forward and backward of the policy-gradient loss on the steps that were played, by `Learner.minibatch`
    (the head at one position, label rows only, equal prompts once), against full-vocabulary logits at every position
    of every prompt. Also with equal prompts removed from the plain one, which leaves the cost of the logits alone.

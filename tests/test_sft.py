@@ -300,9 +300,7 @@ def test_facts_are_tokenized_behind_their_prompt(tokenizer):
 def test_base_is_made_from_nothing(tmp_path, monkeypatch, capsys):
     """`--stage base` in small: a loadable LM with a finite held-out loss, and never over an existing one."""
     corpus = sft.base_corpus
-    monkeypatch.setattr(
-        sft, "base_corpus", lambda names, seed, numbers: corpus(names, seed, list(numbers)[:40])
-    )
+    monkeypatch.setattr(sft, "base_corpus", lambda names, seed, numbers: corpus(names, seed, list(numbers)[:40]))
     monkeypatch.setattr(sft, "reading_accuracy", functools.partial(sft.reading_accuracy, states=3))
     options = [
         "--stage",
@@ -393,10 +391,12 @@ def test_completion_may_have_gaps():
     assert sft.accumulate(model, pairs, 1, bf16=False) == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_label_exercise_has_one_right_answer(tokenizers):
-    """Catches labels of other lines, lines that are there twice, and learning the random tokens of the lines."""
+def test_label_exercise_has_one_right_answer(tokenizers, monkeypatch):
+    """Catches labels of other lines, and learning the random tokens of the lines."""
     tokenizer = tokenizers["digit-splitting"]
     _, ids = reflect_rl.action_labels(tokenizer)
+    words = [tuple(tokenizer(line)["input_ids"]) for line in (" go north", " go south", " open door", " look", " wait")]
+    monkeypatch.setattr(sft, "menu_lines", lambda rng, vocabulary, hardness: rng.sample(words, 4))
     for seed in range(30):
         prompt, completion = sft.label_exercise(random.Random(seed), tokenizer, ids)
         text = tokenizer.decode(prompt)
@@ -419,22 +419,38 @@ def test_exercises_come_first_and_grow(tokenizers):
     options = argparse.Namespace(seed=0, base_batch=4, copy_steps=2, label_steps=30)
     corpus = sft.BaseCorpus(["taxi"], options, tokenizers["digit-splitting"])
     sizes = [[len(prompt) + len(completion) for prompt, completion in corpus.batch_at(step)] for step in range(40)]
-    assert [len(size) for size in sizes] == [16] * 2 + [12] * 30 + [6] * 8
+    assert [len(size) for size in sizes] == [16] * 2 + [12] * 30 + [7] * 8
     assert 2 * sum(max(size) for size in sizes[2:7]) < sum(max(size) for size in sizes[27:32])
     assert corpus.batch_at(35) == corpus.batch_at(35)
 
 
 @pytest.mark.parametrize("width", [64, 128])
-def test_first_head_starts_by_looking_at_the_token_before(width):
-    """Catches a rotation the wrong way round, or queries and keys of another head."""
+def test_first_heads_start_by_looking_back(width):
+    """Catches a rotation the wrong way round, or queries and keys of other heads."""
     torch.manual_seed(0)
     model = sft.new_base(64, width, 2).eval()
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        weights = model(torch.randint(64, (2, 200)), output_attentions=True).attentions[0]  # (B, heads, T, T)
-    here = weights[:, 0]
-    shares = [here.diagonal(-back, 1, 2)[:, 50:].mean().item() for back in range(5)]
-    assert shares[1] > 0.8 and shares[1] > 10 * max(shares[0], *shares[2:]), shares
+        weights = model(torch.randint(64, (2, 400)), output_attentions=True).attentions[0]  # (B, heads, T, T)
+
+    def shares(head):  # of the attention, by how far back
+        return [weights[:, head].diagonal(-back, 1, 2)[:, 300:].mean().item() for back in range(300)]
+
+    before, window = shares(0), shares(1)
+    assert before[1] > 0.8 and before[1] > 10 * max(before[0], *before[2:]), before[:5]
+    assert sum(window[:4]) > 0.9 and min(window[:4]) > 0.1, window[:8]
+
+
+def test_menus_differ_in_one_place(tokenizers):
+    """Catches menus whose lines the last token tells apart, and lines that are there twice."""
+    differ = 0
+    for seed in range(200):
+        lines = sft.menu_lines(random.Random(seed), 500, 1.0)
+        assert len(set(lines)) == len(lines) <= 12 and all(1 <= len(line) <= 5 for line in lines)
+        if len({len(line) for line in lines}) == 1 and len(lines) > 1:
+            differ += sum(len(set(column)) > 1 for column in zip(*lines, strict=True)) == 1 and len(lines[0]) > 1
+    assert differ > 50
+    assert all(len(sft.menu_lines(random.Random(seed), 500, 0.0)) <= 3 for seed in range(50))
 
 
 def test_base_optimizers_hold_every_parameter_once():
