@@ -367,10 +367,11 @@ MUON_TO_ADAMW = 0.3  # learning rate of AdamW's parameters, as a share of Muon's
 
 
 def train_tokenizer(texts, size):
-    """Byte-level BPE in which every digit and punctuation mark is a token of its own, so that a grid cell never
-    merges with its neighbours. The end-of-text token is id 0; it is also the padding (masks never look at ids)."""
+    """Byte-level BPE in which every digit (with the space before it) and every punctuation mark is a token of its own,
+    so that a grid cell never merges with its neighbours. The end-of-text token is id 0; it is also the padding (masks
+    never look at ids)."""
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}|[^\s\p{L}\p{N}]|\s"), "isolated")
+    split = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}|[^\s\p{L}\p{N}]|\s"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -407,18 +408,22 @@ def copying_exercise(rng, vocabulary):
 
 
 def menu_lines(rng, vocabulary, hardness):
-    """Different lines of random tokens, more and longer ones with `hardness` (0 to 1).
+    """Different lines of random tokens, more of them with `hardness` (0 to 1).
 
-    Half of the menus differ in a single place, as "go to shelf 1" and "go to desk 1" do: without them, a line was known
-    by its last token alone (right in 93% where that differed, a guess where it did not).
+    Half of the menus differ in a single place, as "go to shelf 1" and "go to desk 1" do, near the end of the line at
+    first. Without them a line was known by its last token alone: right in 93% where that differed, else a guess.
     """
-    count, most_tokens = rng.randint(2, 3 + round(9 * hardness)), 1 + round(4 * hardness)
     if rng.random() < 0.5:
-        line = rng.choices(range(vocabulary), k=rng.randint(1, most_tokens))
-        place = rng.randrange(len(line))
-        return [(*line[:place], token, *line[place + 1 :]) for token in rng.sample(range(vocabulary), count)]
-    pool = range(vocabulary) if rng.random() < 0.5 else rng.sample(range(vocabulary), 12)
-    lines = {tuple(rng.choices(pool, k=rng.randint(1, most_tokens))) for _ in range(count)}
+        back = rng.randint(1, 2 + round(2 * hardness))
+        line = rng.choices(range(vocabulary), k=rng.randint(back, 4))
+        others = rng.sample(range(vocabulary), rng.randint(2, 3 + round(7 * hardness)))
+        return [(*line[: len(line) - back], token, *line[len(line) - back + 1 :]) for token in others]
+    # each place has words of its own, and few of them mostly: "cat x", "id x", "go to x 1", "go to x 2"
+    places = [rng.choices(range(vocabulary), k=rng.choice((1, 2, 3, 1000))) for _ in range(rng.randint(1, 5))]
+    count = rng.randint(2, 3 + round(9 * hardness))
+    lines = {
+        tuple(map(rng.choice, places[: rng.choice((len(places), rng.randint(1, len(places))))])) for _ in range(count)
+    }
     return rng.sample(sorted(lines), len(lines))
 
 
@@ -669,7 +674,7 @@ def main():
     group.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
     group.add_argument("--copy-steps", type=int, default=150, help="updates that only copy, at first (default: 150)")
     group.add_argument(
-        "--label-steps", type=int, default=600, help="updates that also find labels, after these (default: 600)"
+        "--label-steps", type=int, default=900, help="updates that also find labels, after these (default: 900)"
     )
     group.add_argument("--base-steps", type=int, default=6000, help="updates (default: 6000)")
     group.add_argument("--base-batch", type=int, default=16, help="documents an update (default: 16)")
