@@ -348,12 +348,11 @@ def random_walk(env, rng, length):
 FACTS_HEADER = "# Facts:\n"
 
 
-def corpus_document(make_env, rng, labels, questions=4):
+def corpus_document(make_env, rng, labels):
     """One document for the base LM: a state met in RANDOM play, plain facts about it, a random action, what it led to.
 
     No expert action and no reflection, so that what SFT and RL add is theirs. Facts and menu are shuffled: a label
-    means its line and nothing else. Mostly the random action is named among the facts, which teaches to find its label;
-    up to `questions` more actions are named and labelled at the end, for the same purpose.
+    means its line and nothing else. Mostly the random action is named among the facts, which teaches to find its label.
     """
     env = make_env()
     state, info = random_walk(env, rng, rng.randrange(20))
@@ -367,10 +366,8 @@ def corpus_document(make_env, rng, labels, questions=4):
     prompt = policy_prompt(
         f"{state}\n{FACTS_HEADER}{' '.join(sentences)}", None, [info["actions"][i] for i in menu], labels
     )
-    asked = rng.sample(range(len(menu)), min(questions, len(menu)))
-    quizzes = [f"\nNow: {info['actions'][menu[i]]}.\n{ACTION_HEADER}{labels[i]}" for i in asked]
     after, *_ = env.step(menu[pick])
-    return f"{prompt}{labels[pick]}\n{after.splitlines()[-1]}{''.join(quizzes)}"
+    return f"{prompt}{labels[pick]}\n{after.splitlines()[-1]}"
 
 
 # ---------------------------------------------------------------------------------------------------------
