@@ -49,7 +49,7 @@ class Env:
     """
 
     horizon = 30  # steps after which an episode is truncated
-    settings = {}  # defaults of command-line options, where this environment needs others: {"trajectories": 1000}
+    settings = {}  # its own defaults of command-line options, such as {"trajectories": 1000}
     training = {}  # reset options of training episodes and teacher data (augmentation); evaluation has none
     rules = ()  # what is true of every state, in sentences; corpus of the base LM only
 
