@@ -53,6 +53,11 @@ class Env:
     training = {}  # reset options of training episodes and teacher data (augmentation); evaluation has none
     rules = ()  # what is true of every state, in sentences; corpus of the base LM only
 
+    @staticmethod
+    def numbered():
+        """Kinds of things that go by a number, such as `cabinet 3`: one token each to the base LM's tokenizer."""
+        return ()
+
     def reset(self, *, seed=None, options=None):
         """Start an episode: `(state, info)`. `seed` reseeds the env's own RNG; `options["task"]` names the task."""
         raise NotImplementedError
@@ -780,6 +785,7 @@ class AutoExplore(Env):
     """
 
     horizon = 15
+    settings = {"labels": "words"}
     training = {"shuffle": True, "leave_out": 0.2}
 
     def __init__(
@@ -1315,6 +1321,7 @@ class ALFWorld(Env):
     Horizon 30: the expert, who has to search, needs 7.6 steps on average and 15 at most by default.
     """
 
+    settings = {"labels": "words"}
     counts = {"train": 300, "valid": 10, "test": 20}  # tasks of each of the six types
     milestones = ("found", "taken", "treated", "placed")
 
@@ -1342,6 +1349,11 @@ class ALFWorld(Env):
                 + ", ".join(f"{len(found)} of split {name}" for name, found in self.games.items())
             )
         return list(self.games[split])
+
+    @staticmethod
+    def numbered():
+        rooms = household()
+        return sorted({name for table in ("rooms", "homes") for room in rooms[table].values() for name in room})
 
     def groups(self, task):
         """The type, and whether training had this combination of object and target (known for built-in rooms)."""

@@ -145,7 +145,8 @@ def run_rows(run, args):
             adapters = find(run)
         except UserError:
             continue
-        args.env, args.env_option, args.base = config["env"], config["env_option"], config["base"]
+        for key in ("env", "env_option", "base", "labels"):
+            setattr(args, key, config[key])
         rows.append(row(name, load_players(args, adapters), env_factory(args), args))
     return rows
 

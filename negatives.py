@@ -316,16 +316,18 @@ def read_records(path):
 
 
 def sft_examples(records, form, labels):
-    """Records as `(prompt, completion)` for `reflect`, `policy` (with reflection) or `plain` (without)."""
+    """Records as `(prompt, completion)` for `reflect`, `policy` (with reflection) or `plain` (without).
+
+    `labels`: see `reflect_rl.Labels`.
+    """
     if form == "reflect":
         return [(reflector_prompt(record.state), record.reflection) for record in records]
-    return [
-        (
-            policy_prompt(record.state, record.reflection if form == "policy" else None, record.actions, labels),
-            labels[record.action],
-        )
-        for record in records
-    ]
+    examples = []
+    for record in records:
+        names, _ = labels(record.actions)
+        reflection = record.reflection if form == "policy" else None
+        examples.append((policy_prompt(record.state, reflection, record.actions, names), names[record.action]))
+    return examples
 
 
 def random_walk(env, rng, length):
@@ -363,11 +365,11 @@ def corpus_document(make_env, rng, labels):
     if rng.random() < 0.75:
         sentences.append(f"Now: {info['actions'][menu[pick]]}.")
     rng.shuffle(sentences)
-    prompt = policy_prompt(
-        f"{state}\n{FACTS_HEADER}{' '.join(sentences)}", None, [info["actions"][i] for i in menu], labels
-    )
+    actions = [info["actions"][i] for i in menu]
+    names, _ = labels(actions)
+    prompt = policy_prompt(f"{state}\n{FACTS_HEADER}{' '.join(sentences)}", None, actions, names)
     after, *_ = env.step(menu[pick])
-    return f"{prompt}{labels[pick]}\n{after.splitlines()[-1]}"
+    return f"{prompt}{names[pick]}\n{after.splitlines()[-1]}"
 
 
 # ---------------------------------------------------------------------------------------------------------

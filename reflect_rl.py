@@ -72,7 +72,7 @@ def encode(tokenizer, text):
 
 
 def action_labels(tokenizer, prompt=ACTION_HEADER):
-    """`(labels, ids)`: the strings that continue a policy prompt by exactly one token, pairwise distinct.
+    """`(labels, ids)`: strings that continue a policy prompt by exactly one token, pairwise distinct, for any menu.
 
     Letters first, then digits, then short words of the vocabulary. "10" is two tokens to a digit-splitting
     tokenizer, and SentencePiece may add a space: so each candidate is tried behind the real end of a prompt.
@@ -89,6 +89,62 @@ def action_labels(tokenizer, prompt=ACTION_HEADER):
         if len(labels) == 128:
             break
     return labels, ids
+
+
+class Labels:
+    """Names the actions of a menu by one token each: `labels(actions)` gives `(labels, token ids)`, all distinct.
+
+    `letters`: A, B, C, ... in the menu's order, as in the paper. `words`: a token of the action's own text, the one
+    that the fewest actions of the menu share (`cat price list.md` -> ` price`), or a letter where all are taken. To
+    answer with a letter means to look it up in the menu, which the nano base LM cannot do where the menu changes; a
+    word needs no more than to be copied. Words do not depend on the menu's order: it is served alphabetically.
+    """
+
+    def __init__(self, tokenizer, kind="letters"):
+        self.tokenizer, self.kind = tokenizer, kind
+        self.letters, self.ids = action_labels(tokenizer)
+        self.end = encode(tokenizer, ACTION_HEADER)
+        self.spelt, self.menus = {}, {}
+
+    def __call__(self, actions):
+        actions = tuple(actions)
+        if actions not in self.menus:
+            if len(self.menus) > 100_000:
+                self.menus.clear()
+            self.menus[actions] = self.name(actions)
+        return self.menus[actions]
+
+    def name(self, actions):
+        chosen = [None] * len(actions)
+        if self.kind == "words":
+            tokens = [[t for t in self.tokens_of(action) if self.spell(t)] for action in actions]
+            shared, taken = collections.Counter(t for row in tokens for t in set(row)), set()
+            for i in sorted(range(len(actions)), key=lambda i: actions[i]):
+                chosen[i] = min((t for t in tokens[i] if t not in taken), key=shared.__getitem__, default=None)
+                taken.add(chosen[i])
+        free = [t for t in self.ids if t not in chosen]
+        if chosen.count(None) > len(free):
+            raise UserError(f"{len(actions)} actions, but this tokenizer has only {len(self.ids)} one-token labels")
+        ids = tuple(free.pop(0) if t is None else t for t in chosen)
+        letters = dict(zip(self.ids, self.letters, strict=True))
+        return [letters.get(t) or self.spell(t) for t in ids], ids
+
+    def tokens_of(self, action):
+        """Token ids of an action as it stands in the middle of a line, where words begin with their space."""
+        before, both = encode(self.tokenizer, "A"), encode(self.tokenizer, f"A {action}")
+        return both[len(before) :]
+
+    def spell(self, token):
+        """The text that continues a policy prompt by just this token, or None."""
+        if token not in self.spelt:
+            text = self.tokenizer.decode([token])
+            texts = [
+                t
+                for t in (text, f" {text}")
+                if t.strip() and encode(self.tokenizer, ACTION_HEADER + t) == [*self.end, token]
+            ]
+            self.spelt[token] = texts[0] if texts else None
+        return self.spelt[token]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -263,10 +319,10 @@ class Players:
         max_reflection=96,
         bf16=False,
         memo_size=100_000,
+        labels="letters",
     ):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
-        self.labels, ids = action_labels(tokenizer)
-        self.label_ids = torch.tensor(ids, device=self.device)
+        self.labels = Labels(tokenizer, labels)
         self.reflection, self.reflect_temperature, self.max_reflection = reflection, reflect_temperature, max_reflection
         self.context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self.bf16, self.memo_size = bf16, memo_size
@@ -282,13 +338,12 @@ class Players:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def require_labels(self, count):
-        if count > len(self.labels):
-            raise UserError(f"{count} actions, but this tokenizer has only {len(self.labels)} one-token labels")
-
     def prompt(self, state, reflection, actions):
-        self.require_labels(len(actions))
-        return policy_prompt(state, reflection, actions, self.labels)
+        return policy_prompt(state, reflection, actions, self.labels(actions)[0])
+
+    def label_ids(self, actions):
+        """Token ids of the labels of a menu, a tuple."""
+        return self.labels(actions)[1]
 
     def left_pad(self, prompts, room=0):
         """Token ids, mask and positions, each (B, T), last real token at -1. The mask comes from lengths, not ids,
@@ -315,31 +370,36 @@ class Players:
             ).last_hidden_state
         return hidden[:, -1][[unique[prompt] for prompt in prompts]]
 
-    def score(self, features, counts):
-        """Log-probabilities of the actions, (B, max(counts)) in fp32; row b has counts[b] valid ones, the rest is -inf.
-        Only the label rows of the LM head are multiplied."""
-        head, label_ids = self.model.get_output_embeddings(), self.label_ids[: max(counts)]
-        bias = None if getattr(head, "bias", None) is None else head.bias[label_ids].float()
-        logits = F.linear(features.float(), head.weight[label_ids].float(), bias)  # (B, A)
-        valid = torch.arange(logits.shape[1], device=self.device) < torch.tensor(counts, device=self.device)[:, None]
+    def score(self, features, menus):
+        """Log-probabilities of the actions, (B, A) in fp32: row b has len(menus[b]) valid ones, the rest is -inf.
+        `menus` holds the label token ids of each row; only these rows of the LM head are multiplied."""
+        head, longest = self.model.get_output_embeddings(), max(map(len, menus))
+        ids = torch.tensor(
+            [[*menu, *[menu[0]] * (longest - len(menu))] for menu in menus], device=self.device
+        )  # (B, A)
+        logits = torch.einsum("bd,bad->ba", features.float(), head.weight[ids].float())
+        if getattr(head, "bias", None) is not None:
+            logits = logits + head.bias[ids].float()
+        counts = torch.tensor([len(menu) for menu in menus], device=self.device)
+        valid = torch.arange(longest, device=self.device) < counts[:, None]
         return logits.masked_fill(~valid, -torch.inf).log_softmax(-1)
 
-    def log_probs(self, prompts, counts, adapter="policy"):
+    def log_probs(self, prompts, menus, adapter="policy"):
         """`score` of the `features`: what rollout and update both call."""
-        return self.score(self.features(prompts, adapter), counts)
+        return self.score(self.features(prompts, adapter), menus)
 
     @torch.no_grad()
-    def scores(self, prompts, counts):
+    def scores(self, prompts, menus):
         """`log_probs` as lists of floats, remembered while the policy's weights stay as they are: states come back."""
         weights = adapter_parameters(self.model, "policy")
         version = [(id(p), p._version) for p in weights]  # _version grows with every change in place
         if version != self.version or len(self.known) > self.memo_size:
             self.known, self.version, self.weights = {}, version, weights  # kept, so that no id is used again
-        new = {prompt: n for prompt, n in zip(prompts, counts, strict=True) if prompt not in self.known}
+        new = {prompt: menu for prompt, menu in zip(prompts, menus, strict=True) if prompt not in self.known}
         if new:
             rows = self.log_probs(list(new), list(new.values())).cpu()
-            for (prompt, n), row in zip(new.items(), rows, strict=True):
-                self.known[prompt] = row[:n].tolist()
+            for (prompt, menu), row in zip(new.items(), rows, strict=True):
+                self.known[prompt] = row[: len(menu)].tolist()
         return [self.known[prompt] for prompt in prompts]
 
     @torch.no_grad()
@@ -404,7 +464,7 @@ class Players:
         """The actor interface of `play`: reflections (or Nones) and log-probabilities, a list of floats a state."""
         reflections = self.reflect(states) if self.reflection else [None] * len(states)
         prompts = [self.prompt(*row) for row in zip(states, reflections, actions, strict=True)]
-        return reflections, self.scores(prompts, [len(a) for a in actions])
+        return reflections, self.scores(prompts, [self.label_ids(a) for a in actions])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -535,6 +595,12 @@ def add_common_options(parser):
     group.add_argument(
         "--base", default="nano", help="directory of the base LM (default: nano, the shipped models/nano)"
     )
+    group.add_argument(
+        "--labels",
+        choices=("letters", "words"),
+        default="letters",
+        help="one-token names of the actions, see Labels (default: letters; words for autoexplore and alfworld)",
+    )
     group.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     group.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
     group.add_argument(
@@ -593,7 +659,7 @@ def load_players(args, folders, **options):
     model, tokenizer = load_base(args.base, args.device)
     for name, folder in folders.items():
         load_adapter(model, name, folder)
-    return Players(model, tokenizer, reflection="reflect" in folders, bf16=args.bf16, **options)
+    return Players(model, tokenizer, reflection="reflect" in folders, bf16=args.bf16, labels=args.labels, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -794,7 +860,9 @@ def main():
     parser.add_argument("--task", type=int, default=0, help="index of the task in the split (default: 0)")
     parser.add_argument("--greedy", action="store_true", help="take the most probable action instead of a sample")
     args = parse_args(parser)
-    players = load_players(args, find_adapters(args.run or newest_run(args)))
+    run = args.run or newest_run(args)
+    args.labels = read_config(run)["labels"]
+    players = load_players(args, find_adapters(run))
     tasks = env_factory(args)().tasks(args.split)
     if not 0 <= args.task < len(tasks):
         raise UserError(f"--task {args.task}: the {args.split} split has {len(tasks)} tasks")

@@ -171,7 +171,7 @@ class Batch:
     """The N steps of an update, flat; the tensors are (N,)."""
 
     prompts: list
-    counts: list  # valid actions of each step
+    menus: list  # label token ids of the valid actions of each step
     action: torch.Tensor
     old_log_prob: torch.Tensor
     advantage: torch.Tensor
@@ -201,7 +201,7 @@ def make_batch(learner, fresh, args, replayed=()):
         advantage = (advantage - advantage.mean() * (args.algo == "ppo")) / (advantage.std(correction=0) + 1e-6)
     return Batch(
         prompts,
-        [len(step.actions) for step in steps],
+        [learner.players.label_ids(step.actions) for step in steps],
         torch.tensor([step.action for step in steps]),
         torch.tensor([step.log_prob for step in steps]),
         advantage,
@@ -335,10 +335,10 @@ class Learner:
     def loss(self, batch, part, entropy_bonus, sums):
         """The loss of some steps, a scalar: policy, minus entropy bonus, plus KL to the SFT policy, plus critic."""
         args, players = self.args, self.players
-        prompts, counts = [batch.prompts[i] for i in part], [batch.counts[i] for i in part]
+        prompts, menus = [batch.prompts[i] for i in part], [batch.menus[i] for i in part]
         on_device = lambda values: values[part].to(players.device)  # noqa: E731
         features = players.features(prompts)  # (M, d)
-        log_probs = players.score(features, counts)  # (M, A)
+        log_probs = players.score(features, menus)  # (M, A)
         log_prob = log_probs.gather(1, on_device(batch.action)[:, None])[:, 0]  # (M,)
         advantage, old, mask = on_device(batch.advantage), on_device(batch.old_log_prob), torch.ones_like(log_prob)
         ratio = (log_prob.detach() - old).exp()
@@ -354,7 +354,7 @@ class Learner:
         sums["clip_fraction"] += ((ratio - 1).abs() > args.clip_ratio).sum().item()
         if args.kl:
             with torch.no_grad():
-                reference = players.score(players.features(prompts, "sft"), counts)
+                reference = players.score(players.features(prompts, "sft"), menus)
             kl = kl_divergence(log_probs, reference)
             loss = loss + args.kl * kl.mean()
             sums["kl_sft"] += kl.sum().item()
@@ -367,7 +367,7 @@ class Learner:
     @torch.no_grad()
     def approx_kl(self, batch, some):
         """KL(before || after the update) in nats: the mean of ratio - 1 - log ratio over some steps (Schulman 2020)."""
-        log_probs = self.players.log_probs([batch.prompts[i] for i in some], [batch.counts[i] for i in some]).cpu()
+        log_probs = self.players.log_probs([batch.prompts[i] for i in some], [batch.menus[i] for i in some]).cpu()
         log_ratio = log_probs.gather(1, batch.action[some][:, None])[:, 0] - batch.old_log_prob[some]
         return (log_ratio.exp() - 1 - log_ratio).mean().item()
 

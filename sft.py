@@ -35,8 +35,8 @@ from envs import UserError
 from reflect_rl import (
     ACTION_HEADER,
     LABELS,
+    Labels,
     Players,
-    action_labels,
     adapter_parameters,
     add_adapter,
     add_common_options,
@@ -63,16 +63,13 @@ from reflect_rl import (
 
 
 def collate(pairs, device="cpu"):
-    """Token-id pairs (prompt, completion) -> ids (B, T), right-padded, and a mask of completion tokens (B, T).
-
-    A completion may have gaps: a token t that is read there, but not learned, is written ~t (which is negative).
-    """
+    """Token-id pairs (prompt, completion) -> ids (B, T), right-padded, and a mask of completion tokens (B, T)."""
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
     ids, mask = torch.zeros(len(pairs), longest, dtype=torch.long), torch.zeros(len(pairs), longest, dtype=torch.bool)
     for row, (prompt, completion) in enumerate(pairs):
-        tokens, end = torch.tensor([*prompt, *completion]), len(prompt) + len(completion)
-        ids[row, :end] = torch.where(tokens < 0, ~tokens, tokens)
-        mask[row, len(prompt) : end] = tokens[len(prompt) :] >= 0
+        end = len(prompt) + len(completion)
+        ids[row, :end] = torch.tensor([*prompt, *completion])
+        mask[row, len(prompt) : end] = True
     return ids.to(device), mask.to(device)
 
 
@@ -115,7 +112,7 @@ def accumulate(model, pairs, micro_batch, bf16):
 
     Pairs of about one length go together, which needs little padding. Of several processes each takes its share.
     """
-    total, tokens = 0.0, sum(token >= 0 for _, completion in pairs for token in completion)
+    total, tokens = 0.0, sum(len(completion) for _, completion in pairs)
     pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))[rank() :: world()]
     for start in range(0, len(pairs), micro_batch or len(pairs)):
         ids, mask = collate(pairs[start : start + (micro_batch or len(pairs))], model.device)
@@ -228,8 +225,7 @@ def tokenized(tokenizer, examples, stage):
             (encode(tokenizer, prompt), [*encode_more(tokenizer, prompt, text), tokenizer.eos_token_id])
             for prompt, text in examples
         ]
-    labels, ids = action_labels(tokenizer)
-    return [(encode(tokenizer, prompt), [ids[labels.index(label)]]) for prompt, label in examples]
+    return [(encode(tokenizer, prompt), encode_more(tokenizer, prompt, label)) for prompt, label in examples]
 
 
 def encode_more(tokenizer, prompt, text):
@@ -268,7 +264,7 @@ def held_out(players, records, stage):
         ]
     else:
         prompts = [players.prompt(r.state, r.reflection if stage == "policy" else None, r.actions) for r in records]
-        best = players.log_probs(prompts, [len(r.actions) for r in records]).argmax(-1).tolist()
+        best = players.log_probs(prompts, [players.label_ids(r.actions) for r in records]).argmax(-1).tolist()
         exact = [choice == record.action for choice, record in zip(best, records, strict=True)]
     use_adapter(model, "reflect" if stage == "reflect" else "policy")
     return {"valid_loss": loss, "valid_exact": sum(exact) / len(exact)}
@@ -292,6 +288,7 @@ def train_stage(stage, args, folder, records, valid, resume=True):
         "seed": args.seed,
         "rank": args.rank,
         "alpha": args.alpha,
+        "labels": args.labels,
         "records": len(records),
         **dataclasses.asdict(schedule),
     }
@@ -300,8 +297,9 @@ def train_stage(stage, args, folder, records, valid, resume=True):
     torch.manual_seed(args.seed)
     add_adapter(model, name, args.rank, args.alpha)
     use_adapter(model, name)
-    players = Players(model, tokenizer, bf16=args.bf16, max_reflection=args.max_reflection)
-    players.require_labels(max(len(record.actions) for record in records))
+    players = Players(model, tokenizer, bf16=args.bf16, max_reflection=args.max_reflection, labels=args.labels)
+    for actions in {tuple(record.actions) for record in records}:
+        players.label_ids(actions)  # too few labels: better said before any training
     pairs = tokenized(tokenizer, negatives.sft_examples(records, stage, players.labels), stage)
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
     if longest > players.context:
@@ -343,6 +341,7 @@ def sft_run(args, stages):
         "lr",
         "reflect_steps",
         "policy_steps",
+        "labels",
     )
     open_run(folder, {key: getattr(args, key) for key in keys}, resume=True)
     paths = {split: folder / "data" / f"{split}.jsonl" for split in ("train", "valid")}
@@ -366,12 +365,13 @@ def sft_run(args, stages):
 MUON_TO_ADAMW = 0.3  # learning rate of AdamW's parameters, as a share of Muon's
 
 
-def train_tokenizer(texts, size):
+def train_tokenizer(texts, size, numbered=()):
     """Byte-level BPE in which every digit (with the space before it) and every punctuation mark is a token of its own,
-    so that a grid cell never merges with its neighbours. The end-of-text token is id 0; it is also the padding (masks
-    never look at ids)."""
+    so that a grid cell never merges with its neighbours. Things that go by a number (`numbered`: `cabinet 3`) keep it:
+    they are names. The end-of-text token is id 0; it is also the padding (masks never look at ids)."""
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}|[^\s\p{L}\p{N}]|\s"), "isolated")
+    names = rf" ?(?:{'|'.join(numbered)}) \p{{N}}{{1,2}}(?!\p{{N}})|" if numbered else ""
+    split = pre_tokenizers.Split(Regex(names + r" ?\p{L}+| ?\p{N}|[^\s\p{L}\p{N}]|\s"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -390,11 +390,13 @@ def train_tokenizer(texts, size):
     )
 
 
-def base_corpus(names, seed, numbers):
-    """The documents of a corpus with these numbers, the environments in turn; a function of its arguments alone."""
+def base_corpus(labels, seed, numbers):
+    """The documents of a corpus with these numbers, a function of its arguments alone; the environments take turns.
+    `labels`: `{environment: Labels}`."""
+    names = list(labels)
     return [
         negatives.corpus_document(
-            functools.partial(envs.make, names[i % len(names)]), random.Random(f"{seed}/{i}"), LABELS
+            functools.partial(envs.make, name := names[i % len(names)]), random.Random(f"{seed}/{i}"), labels[name]
         )
         for i in numbers
     ]
@@ -405,39 +407,6 @@ def copying_exercise(rng, vocabulary):
     own: those that play never shows would else collapse into one, and a frozen base could not tell them apart."""
     tokens = [rng.randrange(vocabulary) for _ in range(rng.randrange(4, 24))]
     return tokens, tokens
-
-
-def random_menu(rng, vocabulary, hardness):
-    """`(lines, number, name)`: different lines of random tokens, and what calls one of them by name.
-
-    The lines differ in a single place, as "go to shelf 1" and "go to desk 1" do: from random lines a model learned to
-    look at their last token only. The name is the line, or the one token that is its own, which is learned first (and
-    so far alone: see the README). More and longer lines with `hardness`, 0 to 1. `vocabulary`: how many tokens.
-    """
-    line = rng.choices(range(vocabulary), k=rng.randint(1, 1 + round(3 * hardness)))
-    place, count = rng.randrange(len(line)), rng.randint(2, 3 + round(7 * hardness))
-    own = rng.sample(range(vocabulary), count)
-    lines = [[*line[:place], token, *line[place + 1 :]] for token in own]
-    number = rng.randrange(count)
-    return lines, number, rng.choice((lines[number], [own[number]]))
-
-
-def label_exercise(rng, tokenizer, ids, hardness=1.0):
-    """Small menus one after the other, each behind the name of one of its lines and before that line's label, which is
-    all that is learned. `ids`: of the labels. A pair for `collate`, of at least 150 tokens.
-
-    As play goes the base LM sees such a question once in 300 tokens, and did not learn to answer in 60,000 documents.
-    The name comes before the menu, as a reflection does: a model that had learned to answer for names behind it could
-    not answer for these.
-    """
-    pieces = ("\nNow:", ".\n# Actions:\n", "\n", ACTION_HEADER)
-    now, header, newline, end = (encode(tokenizer, piece) for piece in pieces)
-    tokens = []
-    while len(tokens) < 150:
-        lines, number, name = random_menu(rng, len(tokenizer), hardness)
-        menu = [token for label, line in zip(ids, lines, strict=False) for token in (label, *line, *newline)]
-        tokens += [~token for token in [*now, *name, *header, *menu, *end]] + [ids[number]]
-    return [~tokens[0]], tokens[1:]
 
 
 def new_base(vocabulary, width, layers):
@@ -527,7 +496,7 @@ def label_accuracy(model, tokenizer, documents):
     for document in (document for document in documents if "Now: " in document):
         before, _, after = document.rpartition(ACTION_HEADER)
         prompt = encode(tokenizer, before + ACTION_HEADER)
-        asked.append((prompt, encode_more(tokenizer, before + ACTION_HEADER, after[0])))
+        asked.append((prompt, encode_more(tokenizer, before + ACTION_HEADER, after.partition("\n")[0])))
     ids, mask = collate(asked, model.device)
     best = model(ids, use_cache=False).logits[:, :-1].argmax(-1)
     return ((best == ids[:, 1:]) & mask[:, 1:]).sum().item(), len(asked)
@@ -536,36 +505,37 @@ def label_accuracy(model, tokenizer, documents):
 def base_tokenizer(names, args, folder):
     """Train the tokenizer, once: a resumed run must not number its tokens anew. Returns the folder that holds it."""
     if not (folder / "tokenizer.json").exists():
-        sample = base_corpus(names, f"tokenizer/{args.seed}", range(3000))
+        letters = dict.fromkeys(names, lambda actions: (LABELS, None))
+        sample = base_corpus(letters, f"tokenizer/{args.seed}", range(3000))
         # the tokenizer, and it alone, also sees teacher reflections: it should spell them in few tokens
         for name in names:
             records = negatives.make_records(functools.partial(envs.make, name), 30, 0.5, args.seed)
             sample += [record.reflection for record in records]
-        train_tokenizer(sample, args.vocabulary).save_pretrained(folder)
+        numbered = [thing for name in names for thing in envs.env_class(name).numbered()]
+        train_tokenizer(sample, args.vocabulary, numbered).save_pretrained(folder)
     return folder
 
 
 class BaseCorpus:
-    """What the base LM learns from: first to copy, then to find labels as well, then to read, with a little of both."""
+    """What the base LM learns from: first to copy random tokens, then to read, with a little copying to the end."""
 
     def __init__(self, names, args, tokenizer):
-        self.names, self.args, self.tokenizer = names, args, tokenizer
-        self.label_ids = action_labels(tokenizer)[1]
+        self.args, self.tokenizer = args, tokenizer
+        self.labels = {
+            name: Labels(tokenizer, envs.env_class(name).settings.get("labels", "letters")) for name in names
+        }
 
     def documents(self, seed, numbers):
         """Token-id pairs (first token, the rest): every token but the first is predicted."""
-        rows = self.tokenizer(base_corpus(self.names, seed, numbers))["input_ids"]
+        rows = self.tokenizer(base_corpus(self.labels, seed, numbers))["input_ids"]
         return [(ids[:1], [*ids[1:], self.tokenizer.eos_token_id]) for ids in rows]
 
     def batch_at(self, step):
-        """The token-id pairs of an update. Menus grow until two thirds of the label stage are over."""
-        seed, size, behind = self.args.seed, self.args.base_batch, step - self.args.copy_steps
-        stage = (behind >= 0) + (behind >= self.args.label_steps)
-        copying, labelling = ((4 * size, 0), (size, 2 * size), (size // 4, size // 2))[stage]
-        rng, hardness = random.Random(f"{seed}/exercises/{step}"), min(1, 1.5 * behind / max(1, self.args.label_steps))
-        pairs = [copying_exercise(rng, len(self.tokenizer)) for _ in range(copying)]
-        pairs += [label_exercise(rng, self.tokenizer, self.label_ids, hardness) for _ in range(labelling)]
-        return pairs + (self.documents(seed, range(step * size, (step + 1) * size)) if stage == 2 else [])
+        """The token-id pairs of an update."""
+        seed, size, reading = self.args.seed, self.args.base_batch, step >= self.args.copy_steps
+        rng = random.Random(f"{seed}/exercises/{step}")
+        pairs = [copying_exercise(rng, len(self.tokenizer)) for _ in range(size // 4 if reading else 4 * size)]
+        return pairs + (self.documents(seed, range(step * size, (step + 1) * size)) if reading else [])
 
 
 def train_base(args):
@@ -584,7 +554,6 @@ def train_base(args):
         "width",
         "layers",
         "copy_steps",
-        "label_steps",
     )
     config = {key: getattr(args, key) for key in keys} | dataclasses.asdict(schedule)
     resume_from = from_first(lambda: open_run(run, config, resume=True))
@@ -600,7 +569,9 @@ def train_base(args):
         with torch.no_grad():
             figures = {"valid_loss": completion_loss(model, ids, mask).item()}
         for name in names:
-            right, asked = label_accuracy(model, tokenizer, base_corpus([name], "labels/0", range(60)))
+            right, asked = label_accuracy(
+                model, tokenizer, base_corpus({name: corpus.labels[name]}, "labels/0", range(60))
+            )
             figures[f"labels_{name}"] = right / asked
         return figures
 
@@ -625,7 +596,8 @@ def train_base(args):
         f"held-out loss {report()['valid_loss']:.4f}"
     )
     for name in names:
-        right, asked = label_accuracy(model, tokenizer, base_corpus([name], f"labels/{args.seed}", range(200)))
+        documents = base_corpus({name: corpus.labels[name]}, f"labels/{args.seed}", range(200))
+        right, asked = label_accuracy(model, tokenizer, documents)
         print(f"{name}: finds the label of a named action {right / asked:.1%} of {asked} times; finishes facts")
         found = reading_accuracy(model, tokenizer, name)
         for kind, (right, asked) in sorted(found.items(), key=lambda item: -item[1][1])[:16]:
@@ -669,13 +641,10 @@ def main():
         default="taxi,autoexplore,alfworld",
         help="environments whose random play is the corpus (default: all three)",
     )
-    group.add_argument("--vocabulary", type=int, default=1536, help="most tokens (default: 1536)")
+    group.add_argument("--vocabulary", type=int, default=2048, help="most tokens (default: 2048)")
     group.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 32 (default: 128)")
     group.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
     group.add_argument("--copy-steps", type=int, default=150, help="updates that only copy, at first (default: 150)")
-    group.add_argument(
-        "--label-steps", type=int, default=900, help="updates that also find labels, after these (default: 900)"
-    )
     group.add_argument("--base-steps", type=int, default=6000, help="updates (default: 6000)")
     group.add_argument("--base-batch", type=int, default=16, help="documents an update (default: 16)")
     group.add_argument("--base-lr", type=float, default=0.02, help="peak learning rate of Muon (default: 0.02)")

@@ -158,11 +158,10 @@ def plain_gradient(learner, batch, chosen, micro_batch):
         last = torch.tensor([len(row) - 1 for row in rows])
         ids = pad_sequence(rows, batch_first=True).to(players.device)  # right padding: a causal model needs no mask
         logits = players.model(ids, use_cache=False).logits.float()  # (B, T, V)
-        labels = logits[torch.arange(len(part)), last][:, players.label_ids]
-        valid = torch.arange(labels.shape[1]) < torch.tensor([batch.counts[i] for i in part])[:, None]
-        log_probs = labels.masked_fill(~valid.to(labels.device), -torch.inf).log_softmax(-1)
-        log_prob = log_probs.gather(1, batch.action[part][:, None].to(labels.device))[:, 0]
-        (-(log_prob * batch.advantage[part].to(labels.device)).sum() / len(chosen)).backward()
+        rows = [logits[i, end, list(batch.menus[step])] for i, (end, step) in enumerate(zip(last, part, strict=True))]
+        log_probs = pad_sequence(rows, batch_first=True, padding_value=-torch.inf).log_softmax(-1)
+        log_prob = log_probs.gather(1, batch.action[part][:, None].to(logits.device))[:, 0]
+        (-(log_prob * batch.advantage[part].to(logits.device)).sum() / len(chosen)).backward()
 
 
 def gradient(learner):

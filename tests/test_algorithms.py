@@ -231,7 +231,7 @@ def test_the_first_ratio_is_one(micro_batch, base, walks):
     assert len(set(map(len, batch.prompts))) > 3, "all prompts are equally long: padding is not tested"
     for start in range(0, len(batch.prompts), micro_batch):
         part = slice(start, start + micro_batch)
-        now = players.log_probs(batch.prompts[part], batch.counts[part]).gather(1, batch.action[part][:, None])[:, 0]
+        now = players.log_probs(batch.prompts[part], batch.menus[part]).gather(1, batch.action[part][:, None])[:, 0]
         assert ((now - batch.old_log_prob[part]).exp() - 1).abs().max() < 1e-5
 
 
@@ -248,19 +248,19 @@ def gradients_of(learner, batch, bonus=0.03):
     return kept
 
 
-def log_probs_by_hand(players, prompt, count, adapter):
+def log_probs_by_hand(players, prompt, menu, adapter):
     """One prompt by itself, no padding, the whole vocabulary, the model's own forward: `(log-probs, features)`."""
     use_adapter(players.model, adapter)
     ids = torch.tensor([players.tokenizer(prompt)["input_ids"]])
     output = players.model(ids, output_hidden_states=True, use_cache=False)
-    return output.logits[0, -1, players.label_ids[:count]].log_softmax(-1), output.hidden_states[-1][0, -1]
+    return output.logits[0, -1, list(menu)].log_softmax(-1), output.hidden_states[-1][0, -1]
 
 
 def gradients_by_hand(learner, batch, bonus, kl_weight, clip_ratio=0.2):
     """The sum over steps of the definitions, then the clipped gradient norm of each group."""
     total, players = 0.0, learner.players
     for i, prompt in enumerate(batch.prompts):
-        log_probs, features = log_probs_by_hand(players, prompt, batch.counts[i], "policy")
+        log_probs, features = log_probs_by_hand(players, prompt, batch.menus[i], "policy")
         p = log_probs.exp()
         ratio = (log_probs[batch.action[i]] - batch.old_log_prob[i]).exp()
         A = batch.advantage[i]
@@ -269,7 +269,7 @@ def gradients_by_hand(learner, batch, bonus, kl_weight, clip_ratio=0.2):
         else:
             loss = -A * log_probs[batch.action[i]]
         with torch.no_grad():
-            reference, _ = log_probs_by_hand(players, prompt, batch.counts[i], "sft")
+            reference, _ = log_probs_by_hand(players, prompt, batch.menus[i], "sft")
         loss = loss + bonus * (p * log_probs).sum() + kl_weight * (p * (log_probs - reference)).sum()
         if learner.critic:
             loss = loss + 0.5 * (learner.critic(features[None])[0] - batch.returns[i]) ** 2
@@ -311,7 +311,7 @@ def test_fresh_steps_have_weight_one_and_replayed_ones_at_most_one(base, walks):
     batch.old_log_prob += torch.linspace(-0.4, 0.4, len(batch.prompts))
     total = 0.0
     for i, prompt in enumerate(batch.prompts):
-        log_prob = log_probs_by_hand(players, prompt, batch.counts[i], "policy")[0][batch.action[i]]
+        log_prob = log_probs_by_hand(players, prompt, batch.menus[i], "policy")[0][batch.action[i]]
         weight = 1.0 if i < n else min(1.0, (log_prob - batch.old_log_prob[i]).exp().item())
         total = total - weight * batch.advantage[i] * log_prob / len(batch.prompts)
     params = learner.optimizer.param_groups[0]["params"]
@@ -354,7 +354,7 @@ def test_approx_kl_by_hand(base, walks):
     n = sum(len(e.steps) for e in fresh)
     batch.old_log_prob[n:] += 3.0
     figures = learner.update(batch, step=0, left=1.0)
-    now = players.log_probs(batch.prompts[:n], batch.counts[:n]).gather(1, batch.action[:n, None])[:, 0].tolist()
+    now = players.log_probs(batch.prompts[:n], batch.menus[:n]).gather(1, batch.action[:n, None])[:, 0].tolist()
     log_ratios = [new - old for new, old in zip(now, batch.old_log_prob.tolist(), strict=False)]
     by_hand = statistics.mean(math.exp(x) - 1 - x for x in log_ratios)
     assert by_hand > 1e-3 and figures["approx_kl"] == pytest.approx(by_hand, rel=1e-2)

@@ -198,7 +198,7 @@ def test_tokenizer_without_room_for_labels(script, refused, tmp_path, bases):
     options = {"sft": tiny_options, "rl": tiny_rl_options}[script](bases["gpt2"], tmp_path / "runs")
     options[1] = "test_bad_input:Crossroads"
     line = refused(SCRIPTS[script], *options)
-    assert "130" in line and str(len(make_players(bases["gpt2"]).labels)) in line
+    assert "130" in line and str(len(make_players(bases["gpt2"]).labels.ids)) in line
     assert not list(tmp_path.rglob("adapter*"))
 
 

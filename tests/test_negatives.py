@@ -222,7 +222,11 @@ def test_empty_and_missing_files_are_user_errors(tmp_path):
 
 def test_the_three_forms(records):
     """Catches a reflection in the ablation's prompt, or none in the policy's; completions are text and label."""
-    labels, record = list("QRSTUV"), next(record for record in records if record.mistake)
+    record = next(record for record in records if record.mistake)
+
+    def labels(actions):
+        return "QRSTUV", range(6)
+
     [(prompt, completion)] = negatives.sft_examples([record], "reflect", labels)
     assert (prompt, completion) == (f"{record.state}\n# Analyze:\n", record.reflection)
     for form, has_reflection in (("policy", True), ("plain", False)):
@@ -234,7 +238,10 @@ def test_the_three_forms(records):
 
 @pytest.fixture(scope="module")
 def corpus():
-    return [negatives.corpus_document(envs.DangerousTaxi, random.Random(i), LABELS) for i in range(400)]
+    return [
+        negatives.corpus_document(envs.DangerousTaxi, random.Random(i), lambda actions: (LABELS, None))
+        for i in range(400)
+    ]
 
 
 def test_corpus_has_no_reflection(corpus):

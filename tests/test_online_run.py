@@ -291,7 +291,7 @@ def test_warnings(start, options, capsys, monkeypatch):
         return state, 0.0, *rest
 
     monkeypatch.setattr(Walk, "step", worthless)
-    monkeypatch.setattr(reflect_rl.Players, "score", lambda self, x, counts: real_score(self, x * 1e4, counts))
+    monkeypatch.setattr(reflect_rl.Players, "score", lambda self, x, menus: real_score(self, x * 1e4, menus))
     train(options("--updates", 1, runs="ill"), start)
     ill = capsys.readouterr().out
     assert "every episode had the same return" in ill and "the policy has stopped exploring" in ill

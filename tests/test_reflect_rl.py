@@ -206,6 +206,45 @@ def test_labels_are_single_distinct_tokens_behind_any_prompt(tokenizer):
             assert reflect_rl.encode(tokenizer, prompt + label) == [*before, token], f"label {label!r}"
 
 
+MENUS = (
+    ("cat espresso.md", "cat prices.csv", "cd ..", "cd prices", "id espresso.md", "id prices.csv"),
+    ("go to drawer 1", "go to drawer 2", "go to drawer 10", "look", "take mug 1 from desk 1", "examine drawer 1"),
+    ("cat Zürich.md", "cat \\udcff.bin", "cat 😀", "cat \\n", "-", "?"),
+    ("same", "same", "same"),
+)
+
+
+@pytest.mark.parametrize("actions", MENUS)
+def test_words_are_single_distinct_tokens_of_their_actions(actions, tokenizer):
+    """Catches a word that is two tokens behind a prompt, that two actions share, or that is another action's."""
+    words = reflect_rl.Labels(tokenizer, "words")
+    labels, ids = words(actions)
+    assert len(labels) == len(ids) == len(set(ids)) == len(set(labels)) == len(actions)
+    prompt = reflect_rl.policy_prompt("S", "Why? 3", actions, labels)
+    before, own = reflect_rl.encode(tokenizer, prompt), 0
+    for label, token, action in zip(labels, ids, actions, strict=True):
+        assert reflect_rl.encode(tokenizer, prompt + label) == [*before, token], f"label {label!r}"
+        assert label.strip() in action or label in words.letters
+        own += label.strip() in action
+    assert own >= len(set(actions)) - 1, labels
+
+
+def test_words_tell_the_actions_apart(tokenizers):
+    """Catches a word that many actions share where one has a better, and words that change with the menu's order."""
+    words = reflect_rl.Labels(tokenizers["GPT-2-like"], "words")
+    menu = ("x a b", "x a c", "x a d", "y", "z a b")
+    named = dict(zip(menu, words(menu)[0], strict=True))
+    assert [label.strip() for label in named.values()] == ["b", "c", "d", "y", "z"]
+    assert dict(zip(menu[::-1], words(menu[::-1])[0], strict=True)) == named
+    assert words(("x", "x"))[0][1] in words.letters
+
+
+def test_letters_follow_the_menu(tokenizer):
+    """Catches letters that depend on what the actions say, and words where letters were asked for."""
+    letters = reflect_rl.Labels(tokenizer)
+    assert list(letters(("b", "a", "A B"))[0]) == letters.letters[:3] and letters(("x",))[1] == tuple(letters.ids[:1])
+
+
 def test_tokenizers_are_the_kinds_they_claim(tokenizers):
     """The fixtures themselves: without these properties the label test would catch nothing."""
     length = {name: len(t("10", add_special_tokens=False)["input_ids"]) for name, t in tokenizers.items()}
@@ -240,7 +279,7 @@ def test_encode_drops_a_closing_eos_only(tokenizers):
 def test_too_few_labels_names_both_counts(bases):
     """Catches actions that silently have no label: `zip` would just drop them."""
     players = make_players(bases["gpt2"])
-    have = len(players.labels)
+    have = len(players.labels.ids)
     with pytest.raises(UserError, match=rf"{have + 1}\D+{have}\D"):
         players.prompt("S", None, ["go"] * (have + 1))
     players.prompt("S", None, ["go"] * have)
@@ -250,56 +289,60 @@ def test_too_few_labels_names_both_counts(bases):
 # Scoring
 
 
-def full_model_log_probs(players, prompt, count, adapter="policy"):
+def full_model_log_probs(players, prompt, menu, adapter="policy"):
     """The slow way: one prompt, no padding, all logits of the whole model, restricted to the labels, in fp64."""
     reflect_rl.use_adapter(players.model, adapter)
     logits = logits_of(players.model, reflect_rl.encode(players.tokenizer, prompt))[-1].double()
-    return logits[players.label_ids[:count]].log_softmax(-1)
+    return logits[list(menu)].log_softmax(-1)
 
 
 def some_prompts(players):
-    """Prompts of different lengths and with different numbers of actions."""
-    counts = [6, 2, 1, 5, 6, 3]
+    """Prompts of different lengths and with different numbers of actions, and their label ids."""
+    menus = [MENU[:n] for n in (6, 2, 1, 5, 6, 3)]
     reflections = ["short.", None, "The taxi is at row 10 column 10. " * 3, "", "x" * 40, None]
-    return [players.prompt(s, r, MENU[:n]) for s, r, n in zip(taxi_states(6), reflections, counts, strict=True)], counts
+    prompts = [players.prompt(*row) for row in zip(taxi_states(6), reflections, menus, strict=True)]
+    return prompts, [players.label_ids(menu) for menu in menus]
 
 
-def test_scores_equal_the_full_models(players):
+@pytest.mark.parametrize("kind", ["letters", "words"])
+def test_scores_equal_the_full_models(kind, players):
     """Catches left padding without positions or mask, a wrong last position, wrong rows of the head, invalid actions
     left in the softmax: a padded batch against the whole model on each prompt alone."""
-    prompts, counts = some_prompts(players)
+    players.labels = reflect_rl.Labels(players.tokenizer, kind)
+    prompts, menus = some_prompts(players)
     lengths = {len(reflect_rl.encode(players.tokenizer, prompt)) for prompt in prompts}
     assert len(lengths) > 3, "the batch needs padding for this test to mean anything"
     with torch.no_grad():
-        got = players.log_probs(prompts, counts)
+        got = players.log_probs(prompts, menus)
     assert got.dtype == torch.float32 and got.shape == (6, 6)
-    for row, prompt, count in zip(got.double(), prompts, counts, strict=True):
-        torch.testing.assert_close(row[:count], full_model_log_probs(players, prompt, count), atol=1e-5, rtol=0)
-        assert torch.all(row[count:] == -torch.inf) and row.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    for row, prompt, menu in zip(got.double(), prompts, menus, strict=True):
+        expected = full_model_log_probs(players, prompt, menu)
+        torch.testing.assert_close(row[: len(menu)], expected, atol=1e-5, rtol=0)
+        assert torch.all(row[len(menu) :] == -torch.inf) and row.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_scores_do_not_depend_on_batch_mates(players):
     """Catches any leak between rows: alone, reversed, and each prompt twice."""
-    prompts, counts = some_prompts(players)
+    prompts, menus = some_prompts(players)
     with torch.no_grad():
-        together = players.log_probs(prompts, counts)
-        reversed_ = players.log_probs(prompts[::-1], counts[::-1]).flip(0)
-        twice = players.log_probs(prompts * 2, counts * 2)
-        alone = [players.log_probs([p], [n])[0] for p, n in zip(prompts, counts, strict=True)]
+        together = players.log_probs(prompts, menus)
+        reversed_ = players.log_probs(prompts[::-1], menus[::-1]).flip(0)
+        twice = players.log_probs(prompts * 2, menus * 2)
+        alone = [players.log_probs([p], [menu])[0] for p, menu in zip(prompts, menus, strict=True)]
     torch.testing.assert_close(reversed_, together, atol=1e-5, rtol=0)
     torch.testing.assert_close(twice[:6], together, atol=1e-5, rtol=0)
     torch.testing.assert_close(twice[6:], together, atol=1e-5, rtol=0)
-    for row, single, count in zip(together, alone, counts, strict=True):
-        torch.testing.assert_close(row[:count], single, atol=1e-5, rtol=0)
+    for row, single in zip(together, alone, strict=True):
+        torch.testing.assert_close(row[: len(single)], single, atol=1e-5, rtol=0)
 
 
 def test_equal_prompts_share_a_row_but_not_a_count(bases):
     """Catches a shared forward pass that also shares the number of valid actions."""
     players = make_players(bases["llama"])
-    prompt = players.prompt("S", None, MENU)
+    prompt, ids = players.prompt("S", None, MENU), players.label_ids(MENU)
     with torch.no_grad():
-        rows = players.log_probs([prompt, prompt], [6, 3])
-    torch.testing.assert_close(rows[1, :3].double(), full_model_log_probs(players, prompt, 3), atol=1e-5, rtol=0)
+        rows = players.log_probs([prompt, prompt], [ids, ids[:3]])
+    torch.testing.assert_close(rows[1, :3].double(), full_model_log_probs(players, prompt, ids[:3]), atol=1e-5, rtol=0)
     assert torch.all(rows[1, 3:] == -torch.inf)
 
 
@@ -313,46 +356,47 @@ def test_padding_is_told_by_length_not_by_id(bases):
     assert mask.sum(1).tolist() == lengths
     assert [row[-n:].tolist() for row, n in zip(positions, lengths, strict=True)] == [list(range(n)) for n in lengths]
     with torch.no_grad():
-        got = players.log_probs(prompts, [4, 4])
-    torch.testing.assert_close(got[0].double(), full_model_log_probs(players, prompts[0], 4), atol=1e-5, rtol=0)
+        menu = players.label_ids(MENU[:4])
+        got = players.log_probs(prompts, [menu, menu])
+    torch.testing.assert_close(got[0].double(), full_model_log_probs(players, prompts[0], menu), atol=1e-5, rtol=0)
 
 
 def test_scores_are_remembered_until_the_policy_changes(bases, tmp_path):
     """Catches a rollout that plays an old policy: one optimizer step, a loaded adapter, and all is scored anew."""
     players = make_players(bases["gpt2"])
-    prompts, counts = some_prompts(players)
+    prompts, menus = some_prompts(players)
     weights = reflect_rl.adapter_parameters(players.model, "policy")
     optimizer, passes = torch.optim.AdamW(weights, lr=0.1), []
     players.features, real = lambda *args: passes.append(len(args[0])) or real(*args), players.features
 
     def assert_right(rows):
         with torch.no_grad():
-            expected = players.log_probs(prompts, counts)
-        for row, exact, count in zip(rows, expected, counts, strict=True):
-            assert row == pytest.approx(exact[:count].tolist(), abs=1e-5)
+            expected = players.log_probs(prompts, menus)
+        for row, exact, menu in zip(rows, expected, menus, strict=True):
+            assert row == pytest.approx(exact[: len(menu)].tolist(), abs=1e-5)
         passes.pop()
         return rows
 
-    before = assert_right(players.scores(prompts, counts))
-    assert players.scores(prompts * 2, counts * 2) == before * 2 and passes == [len(set(prompts))]
+    before = assert_right(players.scores(prompts, menus))
+    assert players.scores(prompts * 2, menus * 2) == before * 2 and passes == [len(set(prompts))]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    assert assert_right(players.scores(prompts, counts)) != before
+    assert assert_right(players.scores(prompts, menus)) != before
     reflect_rl.save_adapter(players.model, "policy", tmp_path)
     for scale in (1.0, 2.0):  # other weights of the same history: only the parameters themselves are new
         tensors = {key: scale * t for key, t in load_file(tmp_path / "adapter_model.safetensors").items()}
         save_file(tensors, tmp_path / "adapter_model.safetensors")
         reflect_rl.load_adapter(players.model, "policy", tmp_path)
-        assert_right(players.scores(prompts, counts))
+        assert_right(players.scores(prompts, menus))
 
 
 def test_dropout_is_off(bases):
     """Catches `model.train()` anywhere: the GPT-2 fixture has dropout 0.3, and rollouts must be repeatable."""
     players = make_players(bases["gpt2"])
-    prompts, counts = some_prompts(players)
-    first = players.log_probs(prompts, counts)
-    assert torch.equal(first, players.log_probs(prompts, counts))
+    prompts, menus = some_prompts(players)
+    first = players.log_probs(prompts, menus)
+    assert torch.equal(first, players.log_probs(prompts, menus))
 
 
 def test_rollout_and_update_agree(base):
@@ -364,11 +408,12 @@ def test_rollout_and_update_agree(base):
     assert len({step.reflection for step in steps}) > 1
     for step in steps:
         expected = full_model_log_probs(
-            players, players.prompt(step.state, step.reflection, step.actions), len(step.actions)
+            players, players.prompt(step.state, step.reflection, step.actions), players.label_ids(step.actions)
         )
         assert step.log_prob == pytest.approx(expected[step.action].item(), abs=1e-5)
     with torch.no_grad():
-        again = players.log_probs([players.prompt(s.state, s.reflection, s.actions) for s in steps], [6] * len(steps))
+        prompts = [players.prompt(s.state, s.reflection, s.actions) for s in steps]
+        again = players.log_probs(prompts, [players.label_ids(s.actions) for s in steps])
     for row, step in zip(again, steps, strict=True):
         assert row[step.action].item() == pytest.approx(step.log_prob, abs=1e-5)
 
@@ -377,7 +422,7 @@ def test_long_prompt_is_an_error_not_a_cut(bases):
     """Catches left truncation, which cuts the question off."""
     players = make_players(bases["llama"])
     with pytest.raises(UserError, match="512"):
-        players.log_probs([players.prompt("word " * 600, None, MENU)], [6])
+        players.log_probs([players.prompt("word " * 600, None, MENU)], [players.label_ids(MENU)])
     with pytest.raises(UserError, match="512"):
         players.reflect(["word " * 600])
 
@@ -386,8 +431,8 @@ def test_gradient_reaches_the_policy_only(players):
     """Catches a reflector or base that learns with the policy."""
     for parameter in players.model.parameters():
         parameter.requires_grad_(True)  # even so: the reflector is not active when the policy is scored
-    prompts, counts = some_prompts(players)
-    players.log_probs(prompts, counts)[:, 0].sum().backward()
+    prompts, menus = some_prompts(players)
+    players.log_probs(prompts, menus)[:, 0].sum().backward()
     for layer in reflect_rl.lora_layers(players.model).values():
         assert layer.lora_A["reflect"].grad is None and layer.lora_B["reflect"].grad is None
     assert any(p.grad.abs().sum() > 0 for p in reflect_rl.adapter_parameters(players.model, "policy"))

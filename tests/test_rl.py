@@ -194,7 +194,7 @@ def gradient_by_hand(players, episodes, args):
     reflect_rl.use_adapter(players.model, "policy")
     for step, advantage in zip(steps, advantages_by_hand(episodes, args.gamma), strict=True):
         ids = reflect_rl.encode(players.tokenizer, players.prompt(step.state, step.reflection, step.actions))
-        row = players.model(torch.tensor([ids])).logits[0, -1, players.label_ids[: len(step.actions)]].log_softmax(-1)
+        row = players.model(torch.tensor([ids])).logits[0, -1, list(players.label_ids(step.actions))].log_softmax(-1)
         loss = loss - (advantage * row[step.action] - args.entropy * (row.exp() * row).sum()) / len(steps)
     parameters = adapter_parameters(players.model, "policy")
     return torch.autograd.grad(loss, parameters)
@@ -226,7 +226,8 @@ def test_logged_entropy_is_of_the_whole_batch(bases):
     learner, episodes, batch = corridor_batch(players, args)
     steps = [step for e in episodes for step in e.steps]
     with torch.no_grad():
-        rows = players.log_probs([players.prompt(s.state, s.reflection, s.actions) for s in steps], [2] * len(steps))
+        prompts = [players.prompt(s.state, s.reflection, s.actions) for s in steps]
+        rows = players.log_probs(prompts, [players.label_ids(s.actions) for s in steps])
     expected = -(rows.exp() * rows).sum(-1).mean().item()
     assert learner.update(batch, 0, left=1.0)["entropy"] == pytest.approx(expected, abs=1e-5)
 
@@ -295,15 +296,16 @@ def test_a_bandit_is_learned(algo, bases):
     learner = rl.Learner(
         players, rl_args("--algo", algo, "--rl-lr", 1e-2, "--episodes", 16, "--entropy", 0.0, "--clip", 10)
     )
-    prompt = players.prompt("two arms", None, ("left", "right"))
+    menu = ("left", "right")
+    prompt, ids = players.prompt("two arms", None, menu), players.label_ids(menu)
     with torch.no_grad():  # start from even odds, whatever the random model says
-        bad = players.log_probs([prompt], [2])[0].argmax().item()
+        bad = players.log_probs([prompt], [ids])[0].argmax().item()
     arms = type("Arms", (Arms,), {"step": lambda self, action: Arms.step(self, int(action != bad))})
     for step in range(25):
         episodes = play(players, arms, [0] * 16, numbers=range(16 * step, 16 * step + 16))
         learner.update(rl.make_batch(learner, episodes, learner.args), step, left=1.0)
     with torch.no_grad():
-        assert players.log_probs([prompt], [2])[0, 1 - bad].exp().item() > 0.9
+        assert players.log_probs([prompt], [ids])[0, 1 - bad].exp().item() > 0.9
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import math
-import random
 import re
 
 import pytest
@@ -87,11 +86,12 @@ def test_gradient_pulls_eos_up(bases):
         assert sft.completion_loss(model, ids, mask) < before
 
 
-def test_training_ids_are_what_play_feeds(tokenizer):
+@pytest.mark.parametrize("kind", ["letters", "words"])
+def test_training_ids_are_what_play_feeds(kind, tokenizer):
     """Catches a prompt tokenized otherwise in training than in play, and labels whose trained token is not the
     scored one."""
     records = negatives.make_records(Corridor, 3, 0.0, seed=0)
-    labels, ids = reflect_rl.action_labels(tokenizer)
+    labels = reflect_rl.Labels(tokenizer, kind)
     for form in ("policy", "plain", "reflect"):
         examples = negatives.sft_examples(records, form, labels)
         for (prompt, completion), (prompt_ids, completion_ids), record in zip(
@@ -101,7 +101,7 @@ def test_training_ids_are_what_play_feeds(tokenizer):
             if form == "reflect":
                 assert reflect_rl.encode(tokenizer, prompt + completion) == prompt_ids + completion_ids[:-1]
             else:
-                assert completion_ids == [ids[record.action]]
+                assert completion_ids == [labels(record.actions)[1][record.action]]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 100])
@@ -325,8 +325,6 @@ def test_base_is_made_from_nothing(tmp_path, monkeypatch, capsys):
         4,
         "--copy-steps",
         1,
-        "--label-steps",
-        2,
     ]
     run_script(sft, *options, monkeypatch=monkeypatch)
     out = capsys.readouterr().out
@@ -385,45 +383,13 @@ def test_labels_are_examined(tokenizers):
     assert sft.label_accuracy(SaysB(), tokenizer, documents) == (1, 2)
 
 
-def test_completion_may_have_gaps():
-    """Catches a gap that is learned, one that the model does not see, and a mean over the gap as well."""
-    ids, mask = sft.collate([([5, 6], [7, ~8, ~9, 4]), ([3], [2])])
-    assert ids.tolist() == [[5, 6, 7, 8, 9, 4], [3, 2, 0, 0, 0, 0]]
-    assert mask.nonzero().tolist() == [[0, 2], [0, 5], [1, 1]]
-    model, pairs = sft.new_base(64, 64, 2).eval(), [([5, 6], [7, ~8, ~9, 4]), ([3], [2])]
-    expected = sft.completion_loss(model, ids, mask)
-    assert sft.accumulate(model, pairs, 1, bf16=False) == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_label_exercise_has_one_right_answer(tokenizers):
-    """Catches labels of other lines, and learning the random tokens of names and menus."""
-    tokenizer = tokenizers["digit-splitting"]
-    _, ids = reflect_rl.action_labels(tokenizer)
-    now, header, newline, end = (
-        tuple(reflect_rl.encode(tokenizer, p)) for p in ("\nNow:", ".\n# Actions:\n", "\n", reflect_rl.ACTION_HEADER)
-    )
-    menus = [sft.random_menu(random.Random(seed), 40, 1.0) for seed in range(40)]
-    with pytest.MonkeyPatch.context() as patch:
-        remaining = iter(menus)
-        patch.setattr(sft, "random_menu", lambda *_: next(remaining))
-        prompt, completion = sft.label_exercise(None, tokenizer, ids)
-    expected, answers = (), ()
-    for lines, number, name in menus[: sum(token >= 0 for token in completion)]:
-        menu = tuple(token for label, line in zip(ids, lines, strict=False) for token in (label, *line, *newline))
-        expected, answers = expected + (*now, *name, *header, *menu, *end, ids[number]), answers + (ids[number],)
-    assert (*prompt, *(~t if t < 0 else t for t in completion)) == expected
-    assert tuple(t for t in completion if t >= 0) == answers and len(answers) > 1
-
-
-def test_exercises_come_first_and_grow(tokenizers, monkeypatch):
-    """Catches documents before copying and labels are known, and menus that are full size from the start."""
-    real, asked = sft.label_exercise, []
-    monkeypatch.setattr(sft, "label_exercise", lambda *args: asked.append(args[-1]) or real(*args))
-    options = argparse.Namespace(seed=0, base_batch=4, copy_steps=2, label_steps=30)
-    corpus = sft.BaseCorpus(["taxi"], options, tokenizers["digit-splitting"])
-    assert [len(corpus.batch_at(step)) for step in range(40)] == [16] * 2 + [12] * 30 + [7] * 8
-    assert asked == sorted(asked) and asked[0] == 0 and 0.4 < asked[8 * 10] < 0.6 and set(asked[8 * 20 :]) == {1}
-    assert corpus.batch_at(35) == corpus.batch_at(35)
+def test_copying_comes_first(tokenizers):
+    """Catches documents before copying is known, no copying among them, and batches that a resumed run sees anew."""
+    options = argparse.Namespace(seed=0, base_batch=4, copy_steps=2)
+    corpus = sft.BaseCorpus(["taxi", "autoexplore"], options, tokenizers["digit-splitting"])
+    copies = [[prompt == completion for prompt, completion in corpus.batch_at(step)] for step in range(4)]
+    assert copies == [[True] * 16] * 2 + [[True] + [False] * 4] * 2
+    assert corpus.batch_at(3) == corpus.batch_at(3) != corpus.batch_at(2)
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -443,20 +409,6 @@ def test_first_heads_start_by_looking_back(width):
     assert sum(window[:4]) > 0.9 and min(window[:4]) > 0.1, window[:8]
 
 
-def test_menus_differ_in_one_place():
-    """Catches menus whose lines the last token tells apart, lines that are there twice, and names of two lines."""
-    places = set()
-    for seed in range(200):
-        lines, number, name = sft.random_menu(random.Random(seed), 50_000, 1.0)
-        [place] = [i for i, column in enumerate(zip(*lines, strict=True)) if len(set(column)) > 1]
-        assert len(set(map(tuple, lines))) == len(lines) <= 10 and len(lines[0]) <= 4
-        assert name in (lines[number], [lines[number][place]])
-        places.add(len(lines[0]) - 1 - place)
-    assert places == {0, 1, 2, 3}
-    easy = [sft.random_menu(random.Random(seed), 500, 0.0)[0] for seed in range(50)]
-    assert all(len(lines) <= 3 and len(lines[0]) == 1 for lines in easy)
-
-
 def test_base_optimizers_hold_every_parameter_once():
     model = sft.new_base(64, 64, 2)
     held = [p for o in sft.base_optimizers(model, 0.02) for group in o.param_groups for p in group["params"]]
@@ -465,5 +417,6 @@ def test_base_optimizers_hold_every_parameter_once():
 
 def test_corpus_is_a_function_of_its_numbers():
     """Catches documents that depend on the order in which they are made: a resumed base run would see others."""
-    assert sft.base_corpus(["taxi"], 0, range(6))[3:] == sft.base_corpus(["taxi"], 0, range(3, 6))
-    assert sft.base_corpus(["taxi"], 0, range(3)) != sft.base_corpus(["taxi"], 1, range(3))
+    letters = {"taxi": lambda actions: (reflect_rl.LABELS, None)}
+    assert sft.base_corpus(letters, 0, range(6))[3:] == sft.base_corpus(letters, 0, range(3, 6))
+    assert sft.base_corpus(letters, 0, range(3)) != sft.base_corpus(letters, 1, range(3))
