@@ -661,9 +661,12 @@ def checked_task(task):
     return task
 
 
+INVENTED = 1000  # generated repositories from this seed on speak of things that nobody has heard of
+
+
 def split_of_seed(seed):
-    """Generated repositories are split 7:2:1 by seed; each split has themes of its own."""
-    return "train" if seed % 10 < 7 else "valid" if seed % 10 < 9 else "test"
+    """Generated repositories are split 7:2:1 by seed, each with themes of its own; invented ones are for training."""
+    return "train" if seed % 10 < 7 or seed >= INVENTED else "valid" if seed % 10 < 9 else "test"
 
 
 def split_repositories(roots):
@@ -678,7 +681,7 @@ def split_repositories(roots):
 def explore_tasks(repos, generated, per_file):
     """`{split: tasks}`; the questions of train repositories are split again into `train`, `valid_seen`, `test_seen`."""
     splits = split_repositories(repositories(repos))
-    for seed in range(0 if repos else generated):
+    for seed in () if repos else [*range(generated), *range(INVENTED, INVENTED + generated)]:
         splits[split_of_seed(seed)].append(f"generated:{seed}")
     tasks = {"train": [], "valid_seen": [], "test_seen": [], "valid": [], "test": []}
     for split, roots in splits.items():
@@ -725,11 +728,14 @@ def generate_tree(seed):
     """A made-up repository: departments, in them areas with files, and files of their own; the same for one seed.
 
     Themes (departments and the things they deal with) come from the split of the seed; aspects (`price`, `owner`)
-    are everybody's, so that files of different departments have words in common.
+    are everybody's, so that files of different departments have words in common. From seed `INVENTED` on all words are
+    invented: there one can only compare them, which is what unseen repositories ask for.
     """
     rng = random.Random(f"tree {seed}")
-    words = vocabulary()
-    themes = words["themes"][split_of_seed(seed)]
+    words = vocabulary() | {"themes": vocabulary()["themes"][split_of_seed(seed)]}
+    if seed >= INVENTED:
+        words = {key: part if key == "kinds" else invented(part, rng) for key, part in words.items()}
+    themes = words["themes"]
     departments = {}
     for theme in rng.sample(sorted(themes), 2):
         for department in rng.sample(sorted(themes[theme]), rng.choice((1, 2, 2))):
@@ -744,6 +750,16 @@ def generate_tree(seed):
                 place = rng.choice(words["places"])
                 tree[department][thing][place] = generated_files(rng, words, department, thing, 2, place)
     return tree | generated_files(rng, words, "company", rng.choice(words["company"]), 2)
+
+
+def invented(words, rng):
+    """Words in lists and dictionaries, each replaced by one that does not exist: `kevo`, `satumir`."""
+    if isinstance(words, dict):
+        return {invented(key, rng): invented(value, rng) for key, value in words.items()}
+    if isinstance(words, list):
+        return [invented(word, rng) for word in words]
+    syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+    return "".join(syllables) + rng.choice(("", "k", "l", "m", "n", "r", "t"))
 
 
 def generated_readme(departments):

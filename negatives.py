@@ -72,17 +72,20 @@ GOALS = {
 def reflect_on_exploration(env, mistake=False):
     """What the question is about, what the last move brought, what fits here, and the next sub-goal.
 
-    `mistake`: whether the last move was not the expert's.
+    `mistake`: whether the last move was not the expert's. What is seen is said in the very sentences of `describe`,
+    which the base LM can finish already.
     """
-    words = list(dict.fromkeys(envs.words_of(env.question)))
     verb, name = env.moves[env.expert_action()]
-    parts = [f"Wanted: {' '.join(words[:5])}.", *reflect_on_last_move(env, words, mistake)]
+    facts = [beginning + rest for beginning, rest in env.describe()]
+
+    def said(beginning):
+        return [fact for fact in facts if fact.startswith(beginning)]
+
+    parts = [*said("The question has"), *reflect_on_last_move(env, said, mistake)]
     if verb == "cd" and name != "..":
-        fits = env.matches(name)
-        parts.append(f"{envs.show_name(name)}/ fits {fits[0]}." if fits else "No name here fits.")
+        parts += said(f"The name {envs.show_name(name)}/ has") or ["No name here fits."]
     elif verb == "cat":
-        fits = env.matches(" ".join(env.cwd))
-        parts.append(f"This place fits {fits[0]}." if fits else "It may be here.")
+        parts += said("The path has")
     elif verb == "cd":
         parts.append("It is not here.")
     elif verb == "id" and env.last != ("cat", name):
@@ -96,20 +99,11 @@ def sub_goal(verb, name):
     return {"cat": "read", "id": "identify", "more": "page"}[verb]
 
 
-def missing_words(env, words):
-    """Words of the question that neither the file just read nor the path to it has: none if it answers."""
-    known = {envs.stem(word) for word in envs.words_of(" ".join([env.result, *env.cwd]))}
-    return [word for word in words if envs.stem(word) not in known]
-
-
-def reflect_on_last_move(env, words, mistake):
+def reflect_on_last_move(env, said, mistake):
     verb, name = env.last
     if verb == "cat":
-        shown = envs.show_name(name)
-        if env.cwd + (name,) in env.targets:
-            return [f"{shown} has {' '.join(env.matches(env.result)[:3])}."]
-        missing = missing_words(env, words)
-        return [f"Mistake: {shown} lacks {' '.join(missing[:2])}." if missing else f"Mistake: {shown} does not answer."]
+        wrong = [] if env.cwd + (name,) in env.targets else ["Mistake: that is the wrong file."]
+        return [*said("The file and its path lack"), *wrong]
     if not mistake:
         return []
     if verb == "more":
@@ -143,38 +137,40 @@ def whereabouts(env):
     """What is known of the object that the task is about."""
     notes, name = env.notes, env.goal["object"]
     if notes.hand and envs.kind(notes.hand) == name:
-        return f"The {notes.title(notes.hand)} is in hand."
+        return f"In hand is {notes.title(notes.hand)}."
     places = notes.where(name)
     placed = [thing for thing, place in places.items() if envs.kind(place) == env.goal["target"] and env.ready(thing)]
-    known = [f"The {notes.title(thing)} is in {place}." for thing, place in places.items() if thing not in placed]
-    return " ".join([f"The {thing} is placed." for thing in placed[:1]] + known[:1]) or f"The {name} is not found."
+    known = [f"{notes.title(thing)} is in {place}." for thing, place in places.items() if thing not in placed]
+    return " ".join([f"{thing} is placed." for thing in placed[:1]] + known[:1]) or f"No {name} was seen."
 
 
 def errand(env):
-    """The next sub-goal in words."""
+    """The next sub-goal in words; where something is to be found, the two best places to look for it."""
     verb, thing, place = env.subgoal()
-    name = envs.kind(thing)
     if verb == "find":
-        homes = envs.homes_of(name)
-        left = dict.fromkeys(envs.kind(other) for other in envs.likely(name, env.notes.unsearched()))
-        hints = [home for home in left if home in homes][:2]
-        return f"find the {name}, perhaps in a {' or a '.join(hints)}" if hints else f"find the {name} in another place"
+        homes, here = envs.homes_of(thing), env.notes.here
+        left = [
+            other for other in envs.likely(thing, env.notes.unsearched()) if other == here or envs.kind(other) in homes
+        ]
+        hints = sorted(left, key=lambda other: other != here)[:2]  # a closed one in front of us first
+        return f"find the {thing}, perhaps in {' or '.join(hints)}" if hints else f"find the {thing} in another place"
     if verb in envs.STATIONS:
-        return f"{verb} the {name} at the {envs.kind(place)}"
+        return f"{verb} {thing} at {place}"
     return {
-        "take": f"get the {name}",
-        "drop": f"put down the {name}",
-        "use": f"light the {name} in {place}",
-        "place": f"bring the {name} to the {env.goal['target']}",
+        "take": f"get {thing} from {place}",
+        "drop": f"put down {thing}",
+        "use": f"light {thing} in {place}",
+        "place": f"bring {thing} to {place}",
     }[verb]
 
 
 def reflect_on_household(env, mistake):
-    """Where am I, was the last action of use, what do I know, what is to be done; at most about 45 tokens."""
+    """Where am I, was the last action of use, what do I know, what is to be done; in sentences of `describe`."""
     notes = env.notes
-    here = (notes.here or "the middle of the room") + (", which is closed" if notes.here in notes.shut else "")
+    here = f"You are at {notes.here or 'the middle of the room'}."
+    shut = f" {notes.here} is closed." if notes.here in notes.shut else ""
     wrong = f"To {notes.command.split()[0]} was of no use. " if mistake and useless(env) else ""
-    return f"{wrong}I am at {here}. {whereabouts(env)} Next goal: {errand(env)}."
+    return f"{wrong}{here}{shut} {whereabouts(env)} Next goal: {errand(env)}."
 
 
 TEACHERS = {

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import sys
 
 import pytest
@@ -175,7 +176,7 @@ def test_states_menus_and_reflections_are_short():
             reflection = reflect_on_exploration(env, mistake)
             assert reflection.endswith(tuple(GOALS.values())) and "\n" not in reflection
             assert env.actions[env.expert_action()] not in reflection  # the decision is the policy's
-            assert envs.count_tokens(reflection) <= 45 and envs.count_tokens(state) <= 150
+            assert envs.count_tokens(reflection) <= 80 and envs.count_tokens(state) <= 150
             assert all(beginning and rest.endswith(".") for beginning, rest in env.describe())
             mistake = bool(env.mistakes()) and rng.random() < 0.3
             action = rng.choice(env.mistakes()) if mistake else env.expert_action()
@@ -184,6 +185,24 @@ def test_states_menus_and_reflections_are_short():
 
 
 # Tasks.
+
+
+def test_invented_repositories_share_no_word_with_others():
+    """Catches known words in invented repositories (then they teach less than they could), and invented test tasks."""
+
+    def names(seeds):
+        paths = (path for seed in seeds for path, _ in envs.files_of(envs.generate_tree(seed)))
+        return {
+            word for path in paths for name in path for word in re.findall("[a-z]+", name.rpartition(".")[0] or name)
+        }
+
+    known, new = names(range(40)), names(range(envs.INVENTED, envs.INVENTED + 20))
+    assert len(new) > 200 and not new & known and not names([envs.INVENTED]) & names([envs.INVENTED + 1])
+    env = AutoExplore()
+    for split in SPLITS:
+        roots = {task["root"] for task in env.tasks(split)}
+        invented = {root for root in roots if root.startswith("generated:") and int(root[10:]) >= envs.INVENTED}
+        assert bool(invented) == (split in ("train", "valid_seen", "test_seen"))
 
 
 def test_splits_are_disjoint_by_repository_and_by_question():
