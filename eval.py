@@ -134,8 +134,10 @@ def print_lines(lines):
 
 
 def run_rows(run, args):
-    """The lines of one run: an RL run has one policy, an SFT run up to two."""
+    """The lines of one run: an RL run has one policy, an SFT run up to two. Its environment's options are those of its
+    training, but for those given now: `--games DIR` evaluates on the real engine what the built-in one has taught."""
     config, rows = read_config(run), []
+    options = options_of(config, args)
     if "updates" in config:
         names = [(run.name, find_adapters)]
     else:
@@ -145,10 +147,14 @@ def run_rows(run, args):
             adapters = find(run)
         except UserError:
             continue
-        for key in ("env", "env_option", "base", "labels"):
-            setattr(args, key, config[key])
-        rows.append(row(name, load_players(args, adapters), env_factory(args), args))
+        rows.append(row(name, load_players(options, adapters), env_factory(options), args))
     return rows
+
+
+def options_of(config, args):
+    """`args` with the model, environment and labels of a run's `config.json`."""
+    kept = {key: config[key] for key in ("env", "base", "labels")}
+    return argparse.Namespace(**vars(args) | kept | {"env_option": config["env_option"] + args.env_option})
 
 
 def plain_adapters(run):
@@ -222,8 +228,10 @@ def main():
     if args.reproduce:
         reproduce(args)
     if args.show:
-        players = load_players(args, find_adapters(args.run or newest_run(args)))
-        for episode in evaluate(players, env_factory(args), args.split, repeats=1, limit=args.show):
+        run = args.run or newest_run(args)
+        options = options_of(read_config(run), args)
+        players = load_players(options, find_adapters(run))
+        for episode in evaluate(players, env_factory(options), args.split, repeats=1, limit=args.show):
             print("\n".join(show_step(step) for step in episode.steps))
     rows = (
         []

@@ -1,5 +1,6 @@
 """Intervals, summaries, the panel, baselines, tables."""
 
+import argparse
 import functools
 import json
 import math
@@ -168,6 +169,16 @@ def test_base_is_taken_from_the_run(sft_runs, bases, capsys, monkeypatch):
         monkeypatch=monkeypatch,
     )
     assert "corridor-sft-s0 with reflection" in capsys.readouterr().out
+
+
+def test_a_run_is_evaluated_as_it_was_trained_but_for_what_is_given():
+    """Catches `--games` that a run's own options silence, and labels of the command line on another run's adapters."""
+    config = {"env": "taxi", "base": "b", "labels": "words", "env_option": [["mode", "pickup"], ["horizon", 9]]}
+    given = argparse.Namespace(env="other", base="nano", labels="letters", env_option=[("mode", "full")], split="test")
+    found = vars(evaluation.options_of(config, given))
+    assert dict(found.pop("env_option")) == {"mode": "full", "horizon": 9}
+    assert found == {"env": "taxi", "base": "b", "labels": "words", "split": "test"}
+    assert given.env_option == [("mode", "full")], "the next run would get this one's options"
 
 
 def test_show_prints_episodes(sft_runs, bases, capsys, monkeypatch):
