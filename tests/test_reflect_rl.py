@@ -211,6 +211,7 @@ MENUS = (
     ("go to drawer 1", "go to drawer 2", "go to drawer 10", "look", "take mug 1 from desk 1", "examine drawer 1"),
     ("cat Zürich.md", "cat \\udcff.bin", "cat 😀", "cat \\n", "-", "?"),
     ("same", "same", "same"),
+    ("A", "A", "A"),
 )
 
 
@@ -235,6 +236,8 @@ def test_words_tell_the_actions_apart(tokenizers):
     menu = ("x a b", "x a c", "x a d", "y", "z a b")
     named = dict(zip(menu, words(menu)[0], strict=True))
     assert [label.strip() for label in named.values()] == ["b", "c", "d", "y", "z"]
+    menu = ("a b", "a", "b")
+    named = dict(zip(menu, words(menu)[0], strict=True))
     assert dict(zip(menu[::-1], words(menu[::-1])[0], strict=True)) == named
     assert words(("x", "x"))[0][1] in words.letters
 
