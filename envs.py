@@ -975,9 +975,7 @@ class AutoExplore(Env):
             facts.append(
                 ("The path has", f" {', '.join(self.matches(' '.join(self.cwd))) or 'no word'} of the question.")
             )
-        facts += [(f"The name {name} has", f" {', '.join(self.matches(name))}.") for name in here if self.matches(name)]
-        others = [name for name in here if not self.matches(name)]
-        facts.append(("No word of the question is in", f" {', '.join(others) or 'nothing'}."))
+        facts += [(f"The name {name} has", f" {', '.join(self.matches(name)) or 'no word'}.") for name in here]
         unread = [name for name in here if name not in seen]
         facts.append(("Seen here:", f" {', '.join(seen) or 'nothing'}."))
         facts.append(("Not seen yet:", f" {', '.join(unread) or 'nothing'}."))
@@ -985,14 +983,11 @@ class AutoExplore(Env):
 
     def describe_result(self, name, words):
         """What the file just read talks about, and which words of the question it and its path have or lack."""
-        found = self.matches(self.result)
-        missing = [word for word in words if word not in found and word not in self.matches(" ".join(self.cwd))]
         topic = ", ".join(list(dict.fromkeys(words_of(self.result)))[:4])
-        return [
-            (f"The file {name} speaks of", f" {topic or 'nothing'}."),
-            (f"The file {name} has", f" {', '.join(found) or 'no word'} of the question."),
-            ("The file and its path lack", f" {', '.join(missing) or 'no word'}."),
-        ]
+        in_file, in_path = self.matches(self.result), self.matches(" ".join(self.cwd))
+        places = ("the file" if word in in_file else "the path" if word in in_path else "neither" for word in words)
+        verdicts = [(f"{word} is in", f" {place}.") for word, place in zip(words, places, strict=True)]
+        return [(f"The file {name} speaks of", f" {topic or 'nothing'}."), *verdicts]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -81,9 +81,9 @@ def reflect_on_exploration(env, mistake=False):
     def said(beginning):
         return [fact for fact in facts if fact.startswith(beginning)]
 
-    parts = [*said("The question has"), *reflect_on_last_move(env, said, mistake)]
+    parts = reflect_on_last_move(env, said, mistake)
     if verb == "cd" and name != "..":
-        parts += said(f"The name {envs.show_name(name)}/ has") or ["No name here fits."]
+        parts += [fact for fact in said(f"The name {envs.show_name(name)}/ has") if "no word" not in fact]
     elif verb == "cat":
         parts += said("The path has")
     elif verb == "cd":
@@ -100,15 +100,17 @@ def sub_goal(verb, name):
 
 
 def reflect_on_last_move(env, said, mistake):
-    verb, name = env.last
+    """What the question asks for and, of a file that was read, where each word of it was found."""
+    (verb, name), question = env.last, said("The question has")
     if verb == "cat":
         wrong = [] if env.cwd + (name,) in env.targets else ["Mistake: that is the wrong file."]
-        return [*said("The file and its path lack"), *wrong]
+        return [*(said(f"{word} is in")[0] for word in dict.fromkeys(envs.words_of(env.question))), *wrong]
     if not mistake:
-        return []
+        return question
     if verb == "more":
-        return ["Mistake: it was on another page."]
-    return ["Mistake: it was further down." if name == ".." else f"Mistake: {envs.show_name(name)}/ is the wrong way."]
+        return [*question, "Mistake: it was on another page."]
+    wrong = "Mistake: it was further down." if name == ".." else f"Mistake: {envs.show_name(name)}/ is the wrong way."
+    return [*question, wrong]
 
 
 def useless(env):
