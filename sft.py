@@ -620,7 +620,7 @@ def add_sft_options(parser):
     )
     group.add_argument("--batch", type=int, default=16, help="examples an update (default: 16)")
     group.add_argument(
-        "--lr", type=float, default=2e-3, help="SFT learning rate (default: 2e-3; the paper's 2e-4 for large models)"
+        "--lr", type=float, default=4e-3, help="SFT learning rate (default: 4e-3; the paper's 2e-4 for large models)"
     )
     group.add_argument("--rank", type=int, default=16, help="LoRA rank (default: 16, the paper's)")
     group.add_argument("--alpha", type=float, default=8, help="LoRA alpha (default: 8, the paper's)")
