@@ -801,7 +801,14 @@ class AutoExplore(Env):
     """
 
     horizon = 15
-    settings = {"labels": "words", "trajectories": 800, "reflect_steps": 800, "policy_steps": 400, "updates": 40}
+    settings = {
+        "labels": "words",
+        "trajectories": 800,
+        "reflect_steps": 800,
+        "policy_steps": 400,
+        "updates": 40,
+        "max_reflection": 128,
+    }
     training = {"shuffle": True, "leave_out": 0.2}
 
     def __init__(
@@ -1332,7 +1339,7 @@ class ALFWorld(Env):
     Horizon 30: the expert, who has to search, needs 7.6 steps on average and 15 at most by default.
     """
 
-    settings = {"labels": "words", "trajectories": 600, "reflect_steps": 600, "updates": 25}
+    settings = {"labels": "words", "trajectories": 1000, "reflect_steps": 1500, "updates": 25}
     counts = {"train": 300, "valid": 10, "test": 20}  # tasks of each of the six types
     milestones = ("found", "taken", "treated", "placed")
 

@@ -81,15 +81,16 @@ def reflect_on_exploration(env, mistake=False):
     def said(beginning):
         return [fact for fact in facts if fact.startswith(beginning)]
 
-    parts = reflect_on_last_move(env, said, mistake)
-    if verb == "cd" and name != "..":
-        parts += [fact for fact in said(f"The name {envs.show_name(name)}/ has") if "no word" not in fact]
-    elif verb == "cat":
+    parts = [*said("The question has"), *reflect_on_last_move(env, said, mistake)]
+    if verb != "id":
+        names = [name for name in env.names_here()[0] if name.endswith("/")]
+        verdicts = [said(f"The name {name} has")[0] for name in names]
+        parts += [v for v in verdicts if len(verdicts) <= 6 or "no word" not in v]
         parts += said("The path has")
-    elif verb == "cd":
-        parts.append("It is not here.")
-    elif verb == "id" and env.last != ("cat", name):
+    elif env.last != ("cat", name):
         parts.append(f"{envs.show_name(name)} has it.")
+    if (verb, name) == ("cd", ".."):
+        parts.append("It is not here.")
     return " ".join([*parts, GOALS[sub_goal(verb, name)]])
 
 
@@ -100,17 +101,16 @@ def sub_goal(verb, name):
 
 
 def reflect_on_last_move(env, said, mistake):
-    """What the question asks for and, of a file that was read, where each word of it was found."""
-    (verb, name), question = env.last, said("The question has")
+    """Where each word of the question was found, if a file was read; whether the move was a mistake."""
+    verb, name = env.last
     if verb == "cat":
         wrong = [] if env.cwd + (name,) in env.targets else ["Mistake: that is the wrong file."]
         return [*(said(f"{word} is in")[0] for word in dict.fromkeys(envs.words_of(env.question))), *wrong]
     if not mistake:
-        return question
+        return []
     if verb == "more":
-        return [*question, "Mistake: it was on another page."]
-    wrong = "Mistake: it was further down." if name == ".." else f"Mistake: {envs.show_name(name)}/ is the wrong way."
-    return [*question, wrong]
+        return ["Mistake: it was on another page."]
+    return ["Mistake: it was further down." if name == ".." else f"Mistake: {envs.show_name(name)}/ is the wrong way."]
 
 
 def useless(env):
@@ -172,7 +172,8 @@ def reflect_on_household(env, mistake):
     here = f"You are at {notes.here or 'the middle of the room'}."
     shut = f" {notes.here} is closed." if notes.here in notes.shut else ""
     wrong = f"To {notes.command.split()[0]} was of no use. " if mistake and useless(env) else ""
-    return f"{wrong}{here}{shut} {whereabouts(env)} Next goal: {errand(env)}."
+    target = f"The {'lamp is a' if env.goal['type'].startswith('look') else 'target is the'} {env.goal['target']}."
+    return f"{wrong}{here}{shut} {target} {whereabouts(env)} Next goal: {errand(env)}."
 
 
 TEACHERS = {

@@ -127,7 +127,7 @@ def test_what_expert_and_teacher_do_is_a_function_of_the_state():
         reflection = negatives.reflect_on_household(env, mistake)
         assert mistake or not negatives.useless(env), f"the expert's own move counts as useless:\n{state}"
         assert reflections.setdefault(state, reflection) == reflection, state
-        assert tokens(reflection) <= 50, reflection
+        assert tokens(reflection) <= 60, reflection
 
     for seed, task in enumerate(env.tasks("train")[::4]):
         play(env, task, seed, noise=0.25 * (seed % 2), look=look)
