@@ -160,6 +160,7 @@ class DangerousTaxi(Env):
     )
     actions = ("move south", "move north", "move east", "move west", "pick up the passenger", "drop off the passenger")
     modes = ("full", "pickup", "dropoff")
+    settings = {"policy_steps": 150}  # twice as many leave nothing for RL to do
 
     def __init__(self, mode="full", milestone=0.0, horizon=30):
         self.defaults = {"mode": mode, "milestone": milestone}
@@ -1339,7 +1340,7 @@ class ALFWorld(Env):
     Horizon 30: the expert, who has to search, needs 7.6 steps on average and 15 at most by default.
     """
 
-    settings = {"labels": "words", "trajectories": 1000, "reflect_steps": 1500, "updates": 25}
+    settings = {"labels": "words", "trajectories": 1000, "reflect_steps": 1500, "updates": 25, "eval_every": 25}
     counts = {"train": 300, "valid": 10, "test": 20}  # tasks of each of the six types
     milestones = ("found", "taken", "treated", "placed")
 
