@@ -160,7 +160,6 @@ class DangerousTaxi(Env):
     )
     actions = ("move south", "move north", "move east", "move west", "pick up the passenger", "drop off the passenger")
     modes = ("full", "pickup", "dropoff")
-    settings = {"policy_steps": 150}  # twice as many leave nothing for RL to do
 
     def __init__(self, mode="full", milestone=0.0, horizon=30):
         self.defaults = {"mode": mode, "milestone": milestone}
@@ -430,10 +429,14 @@ STOP = frozenset(
 )
 
 
-def words_of(text):
-    """The words of a text that carry meaning, lower case and in order; `snake_case` and `camelCase` are split."""
+def spelt_words_of(text):
+    """The words of a text that carry meaning, as spelt and in order; `snake_case` and `camelCase` are split."""
     text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
-    return [word for word in re.findall(r"[^\W\d_]{3,}", text.lower()) if word not in STOP]
+    return [word for word in re.findall(r"[^\W\d_]{3,}", text) if word.lower() not in STOP]
+
+
+def words_of(text):
+    return [word.lower() for word in spelt_words_of(text)]
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -753,14 +756,24 @@ def generate_tree(seed):
     return tree | generated_files(rng, words, "company", rng.choice(words["company"]), 2)
 
 
+@functools.lru_cache(maxsize=1)
+def known_words():
+    """The words of the training themes and of everybody's lists."""
+    everything = {**vocabulary(), "themes": vocabulary()["themes"]["train"], "kinds": {}}
+    return sorted(set(re.findall(r"[a-z]{5,}", json.dumps(everything).lower())))
+
+
 def invented(words, rng):
-    """Words in lists and dictionaries, each replaced by one that does not exist: `kevo`, `satumir`."""
+    """Words in lists and dictionaries, each replaced by one that does not exist: `galling`, of gallery and rolling."""
     if isinstance(words, dict):
         return {invented(key, rng): invented(value, rng) for key, value in words.items()}
     if isinstance(words, list):
         return [invented(word, rng) for word in words]
-    syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
-    return "".join(syllables) + rng.choice(("", "k", "l", "m", "n", "r", "t"))
+    word = words
+    while word == words or word in known_words():
+        first, last = rng.choice(known_words()), rng.choice(known_words())
+        word = first[: len(first) // 2 + 1] + last[len(last) // 2 :]
+    return word
 
 
 def generated_readme(departments):
@@ -971,11 +984,15 @@ class AutoExplore(Env):
     def matches(self, text):
         """The words of the question that a text has too, in the question's order and spelling."""
         stems = stems_of(text)
-        return [word for word in dict.fromkeys(words_of(self.question)) if stem(word) in stems]
+        return [word for word in self.asked() if stem(word.lower()) in stems]
+
+    def asked(self):
+        """The words of the question, as they are spelt there."""
+        return list(dict.fromkeys(spelt_words_of(self.question)))
 
     def describe(self):
         here, seen = self.names_here()
-        words = list(dict.fromkeys(words_of(self.question)))
+        words = self.asked()
         facts = [("The question has the words", f" {', '.join(words)}.")]
         if self.last[0] == "cat":
             facts += self.describe_result(show_name(self.last[1]), words)
@@ -988,6 +1005,20 @@ class AutoExplore(Env):
         facts.append(("Seen here:", f" {', '.join(seen) or 'nothing'}."))
         facts.append(("Not seen yet:", f" {', '.join(unread) or 'nothing'}."))
         return facts
+
+    def ask_here(self, rng):
+        """Go on with a question that is answered near by: random play hardly ever is where its question points."""
+        place, near = "/".join(self.cwd), []
+        if self.last[0] == "cat" and rng.random() < 0.5:
+            place = "/".join((*self.cwd, self.last[1]))
+        near = [
+            task
+            for task in self.tasks("train")
+            if task["root"] == self.task["root"] and f"{task['targets'][0]}/".startswith(place + "/" * bool(place))
+        ]
+        if near:
+            task = rng.choice(near)
+            self.question, self.targets = task["question"], {tuple(target.split("/")) for target in task["targets"]}
 
     def describe_result(self, name, words):
         """What the file just read talks about, and which words of the question it and its path have or lack."""

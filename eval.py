@@ -137,7 +137,6 @@ def run_rows(run, args):
     """The lines of one run: an RL run has one policy, an SFT run up to two. Its environment's options are those of its
     training, but for those given now: `--games DIR` evaluates on the real engine what the built-in one has taught."""
     config, rows = read_config(run), []
-    options = options_of(config, args)
     if "updates" in config:
         names = [(run.name, find_adapters)]
     else:
@@ -147,6 +146,7 @@ def run_rows(run, args):
             adapters = find(run)
         except UserError:
             continue
+        options = options_of(config, args)
         rows.append(row(name, load_players(options, adapters), env_factory(options), args))
     return rows
 

@@ -105,7 +105,7 @@ def reflect_on_last_move(env, said, mistake):
     verb, name = env.last
     if verb == "cat":
         wrong = [] if env.cwd + (name,) in env.targets else ["Mistake: that is the wrong file."]
-        return [*(said(f"{word} is in")[0] for word in dict.fromkeys(envs.words_of(env.question))), *wrong]
+        return [*(said(f"{word} is in")[0] for word in env.asked()), *wrong]
     if not mistake:
         return []
     if verb == "more":
@@ -343,6 +343,9 @@ def random_walk(env, rng, length):
             history.append(action)
         else:
             state, info, _ = replay(env, options, history, seed)
+    if hasattr(env, "ask_here") and rng.random() < 0.5:
+        env.ask_here(rng)
+        state = env.render()
     return state, info
 
 

@@ -483,7 +483,7 @@ def reading_accuracy(model, tokenizer, name, states=200, seed=1):
         best = model(ids, use_cache=False).logits[:, :-1].argmax(-1)
         exact = ((best == ids[:, 1:]) | ~mask[:, 1:]).all(1).tolist()
         for (beginning, _), ok in zip(facts, exact, strict=True):
-            kind = re.sub(r"[a-z]+ \d+|\S+[./]\S*", "...", beginning)
+            kind = re.sub(r"^\S+(?= is in$)|[a-z]+ \d+|\S+[./]\S*", "...", beginning)
             before = right.get(kind, (0, 0))
             right[kind] = (before[0] + ok, before[1] + 1)
     return right
