@@ -436,6 +436,7 @@ def spelt_words_of(text):
 
 
 def words_of(text):
+    """The same in lower case: what is compared."""
     return [word.lower() for word in spelt_words_of(text)]
 
 
@@ -868,9 +869,8 @@ class AutoExplore(Env):
         if seed is not None:
             self.rng = random.Random(seed)
         options = self.defaults | (options or {})
-        self.task = checked_task(task_of(self, options))
-        self.question, self.tree = " ".join(self.task["question"].split()), tree_of(self.task["root"])
-        self.targets = {tuple(target.split("/")) for target in self.task["targets"]}
+        self.ask(checked_task(task_of(self, options)))
+        self.tree = tree_of(self.task["root"])
         self.shuffle = options["shuffle"]
         self.hidden = (
             frozenset(
@@ -885,6 +885,11 @@ class AutoExplore(Env):
         self.steps, self.done, self.success, self.last, self.result = 0, False, False, ("start", ""), ""
         self.enter(())
         return self.render(), self.info()
+
+    def ask(self, task):
+        """Make a task the present one; its repository is `reset`'s concern."""
+        self.task, self.question = task, " ".join(task["question"].split())
+        self.targets = {tuple(target.split("/")) for target in task["targets"]}
 
     def enter(self, cwd):
         self.cwd, self.page = cwd, 0
@@ -1006,20 +1011,6 @@ class AutoExplore(Env):
         facts.append(("Not seen yet:", f" {', '.join(unread) or 'nothing'}."))
         return facts
 
-    def ask_here(self, rng):
-        """Go on with a question that is answered near by: random play hardly ever is where its question points."""
-        place, near = "/".join(self.cwd), []
-        if self.last[0] == "cat" and rng.random() < 0.5:
-            place = "/".join((*self.cwd, self.last[1]))
-        near = [
-            task
-            for task in self.tasks("train")
-            if task["root"] == self.task["root"] and f"{task['targets'][0]}/".startswith(place + "/" * bool(place))
-        ]
-        if near:
-            task = rng.choice(near)
-            self.question, self.targets = task["question"], {tuple(target.split("/")) for target in task["targets"]}
-
     def describe_result(self, name, words):
         """What the file just read talks about, and which words of the question it and its path have or lack."""
         topic = ", ".join(list(dict.fromkeys(words_of(self.result)))[:4])
@@ -1027,6 +1018,16 @@ class AutoExplore(Env):
         places = ("the file" if word in in_file else "the path" if word in in_path else "neither" for word in words)
         verdicts = [(f"{word} is in", f" {place}.") for word, place in zip(words, places, strict=True)]
         return [(f"The file {name} speaks of", f" {topic or 'nothing'}."), *verdicts]
+
+    def ask_here(self, rng):
+        """Go on with a training question that is answered near by. For the base LM's corpus: random play hardly ever is
+        where its question points, and nearly all words would be found nowhere."""
+        place = [*self.cwd, self.last[1]] if self.last[0] == "cat" and rng.random() < 0.5 else self.cwd
+        beginning = "".join(f"{name}/" for name in place)
+        here = (task for task in self.tasks("train") if task["root"] == self.task["root"])
+        near = [task for task in here if f"{task['targets'][0]}/".startswith(beginning)]
+        if near:
+            self.ask(rng.choice(near))
 
 
 # ---------------------------------------------------------------------------------------------------------

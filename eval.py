@@ -22,6 +22,7 @@ import envs
 from envs import UserError
 from reflect_rl import (
     add_common_options,
+    as_trained,
     env_factory,
     find_adapters,
     load_players,
@@ -134,8 +135,7 @@ def print_lines(lines):
 
 
 def run_rows(run, args):
-    """The lines of one run: an RL run has one policy, an SFT run up to two. Its environment's options are those of its
-    training, but for those given now: `--games DIR` evaluates on the real engine what the built-in one has taught."""
+    """The lines of one run, played as it was trained: an RL run has one policy, an SFT run up to two."""
     config, rows = read_config(run), []
     if "updates" in config:
         names = [(run.name, find_adapters)]
@@ -146,15 +146,9 @@ def run_rows(run, args):
             adapters = find(run)
         except UserError:
             continue
-        options = options_of(config, args)
+        options = as_trained(args, config)
         rows.append(row(name, load_players(options, adapters), env_factory(options), args))
     return rows
-
-
-def options_of(config, args):
-    """`args` with the model, environment and labels of a run's `config.json`."""
-    kept = {key: config[key] for key in ("env", "base", "labels")}
-    return argparse.Namespace(**vars(args) | kept | {"env_option": config["env_option"] + args.env_option})
 
 
 def plain_adapters(run):
@@ -229,7 +223,7 @@ def main():
         reproduce(args)
     if args.show:
         run = args.run or newest_run(args)
-        options = options_of(read_config(run), args)
+        options = as_trained(args, read_config(run))
         players = load_players(options, find_adapters(run))
         for episode in evaluate(players, env_factory(options), args.split, repeats=1, limit=args.show):
             print("\n".join(show_step(step) for step in episode.steps))

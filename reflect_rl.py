@@ -98,9 +98,12 @@ class Labels:
     that the fewest actions of the menu share (`cat price list.md` -> ` price`), or a letter where all are taken. To
     answer with a letter means to look it up in the menu, which the nano base LM cannot do where the menu changes; a
     word needs no more than to be copied. Words do not depend on the menu's order: it is served alphabetically.
+    Where the tokenizer has too few labels, a `UserError` names both counts.
     """
 
     def __init__(self, tokenizer, kind="letters"):
+        if kind not in ("letters", "words"):
+            raise UserError(f"labels are letters or words, not {kind!r}")
         self.tokenizer, self.kind = tokenizer, kind
         self.letters, self.ids = action_labels(tokenizer)
         self.end = encode(tokenizer, ACTION_HEADER)
@@ -654,12 +657,20 @@ def short_name(env):
     return env.rpartition(":")[2].lower()
 
 
-def load_players(args, folders, **options):
+def load_players(args, folders):
     """Players on `args.base`; `folders` maps adapter names to the directories that hold them."""
     model, tokenizer = load_base(args.base, args.device)
     for name, folder in folders.items():
         load_adapter(model, name, folder)
-    return Players(model, tokenizer, reflection="reflect" in folders, bf16=args.bf16, labels=args.labels, **options)
+    limit = {"max_reflection": args.max_reflection} if "max_reflection" in args else {}
+    return Players(model, tokenizer, reflection="reflect" in folders, bf16=args.bf16, labels=args.labels, **limit)
+
+
+def as_trained(args, config):
+    """`args` with the environment, model, labels and reflection limit of a run's `config.json`; of the environment's
+    options those given now win, so that `--games DIR` plays on the real engine what the built-in one has taught."""
+    kept = {key: config[key] for key in ("env", "base", "labels", "max_reflection") if key in config}
+    return argparse.Namespace(**vars(args) | kept | {"env_option": config["env_option"] + args.env_option})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -861,7 +872,7 @@ def main():
     parser.add_argument("--greedy", action="store_true", help="take the most probable action instead of a sample")
     args = parse_args(parser)
     run = args.run or newest_run(args)
-    args.labels = read_config(run)["labels"]
+    args = as_trained(args, read_config(run))
     players = load_players(args, find_adapters(run))
     tasks = env_factory(args)().tasks(args.split)
     if not 0 <= args.task < len(tasks):

@@ -427,7 +427,7 @@ def start_run(args, run, sft_adapters):
     checkpoint = from_first(lambda: open_run(run, config, args.resume))
     # adapters and optimizer of one moment: not the run's final adapters, which may be half written
     adapters = {name: checkpoint / name for name in sft_adapters} if checkpoint else sft_adapters
-    players = load_players(args, adapters, max_reflection=args.max_reflection)
+    players = load_players(args, adapters)
     if args.kl:
         load_adapter(players.model, "sft", sft_adapters["policy"])
     learner = Learner(players, args)

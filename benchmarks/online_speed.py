@@ -232,7 +232,7 @@ def make_players(args):
             for parameter in adapter_parameters(model, name)[1::2]:  # the B matrices
                 torch.nn.init.normal_(parameter, std=0.02)
         return Players(model, tokenizer, bf16=args.bf16, max_reflection=args.max_reflection), "random adapters"
-    return load_players(args, find_adapters(run), max_reflection=args.max_reflection), str(run)
+    return load_players(args, find_adapters(run)), str(run)
 
 
 def main():

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import envs
+import negatives
 from envs import CUT, AutoExplore, UserError, cut_text, files_of, generate_tree, read_tree, show_name, stems_of
 from negatives import GOALS, reflect_on_exploration, write_tasks
 
@@ -203,6 +204,21 @@ def test_invented_repositories_share_no_word_with_others():
         roots = {task["root"] for task in env.tasks(split)}
         invented = {root for root in roots if root.startswith("generated:") and int(root[10:]) >= envs.INVENTED}
         assert bool(invented) == (split in ("train", "valid_seen", "test_seen"))
+
+
+def test_questions_asked_in_passing_are_answered_near_by():
+    """Catches a question of another repository, of another split or from elsewhere, and one whose target is the old."""
+    env, rng, inside = AutoExplore(), random.Random(0), 0
+    training = {(task["root"], task["question"]): task["targets"] for task in env.tasks("train")}
+    for _ in range(60):
+        negatives.random_walk(env, rng, 6)
+        root, cwd = env.task["root"], "".join(f"{name}/" for name in env.cwd)
+        env.ask_here(rng)
+        assert env.task["root"] == root and training[root, env.task["question"]] == env.task["targets"]
+        assert {"/".join(target) for target in env.targets} == set(env.task["targets"])
+        assert env.render().startswith(f"Question: {env.task['question']}\n")
+        inside += bool(cwd) and env.task["targets"][0].startswith(cwd)
+    assert inside > 15
 
 
 def test_splits_are_disjoint_by_repository_and_by_question():

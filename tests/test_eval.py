@@ -172,12 +172,14 @@ def test_base_is_taken_from_the_run(sft_runs, bases, capsys, monkeypatch):
 
 
 def test_a_run_is_evaluated_as_it_was_trained_but_for_what_is_given():
-    """Catches `--games` that a run's own options silence, and labels of the command line on another run's adapters."""
+    """Catches `--games` that a run's own options silence, labels and reflection limits of the command line on
+    another run's adapters."""
     config = {"env": "taxi", "base": "b", "labels": "words", "env_option": [["mode", "pickup"], ["horizon", 9]]}
+    config |= {"max_reflection": 7, "seed": 3}
     given = argparse.Namespace(env="other", base="nano", labels="letters", env_option=[("mode", "full")], split="test")
-    found = vars(evaluation.options_of(config, given))
+    found = vars(evaluation.as_trained(given, config))
     assert dict(found.pop("env_option")) == {"mode": "full", "horizon": 9}
-    assert found == {"env": "taxi", "base": "b", "labels": "words", "split": "test"}
+    assert found == {"env": "taxi", "base": "b", "labels": "words", "max_reflection": 7, "split": "test"}
     assert given.env_option == [("mode", "full")], "the next run would get this one's options"
 
 

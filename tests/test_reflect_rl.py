@@ -242,6 +242,12 @@ def test_words_tell_the_actions_apart(tokenizers):
     assert words(("x", "x"))[0][1] in words.letters
 
 
+def test_other_labels_are_refused(tokenizers):
+    """Catches a misspelt kind (an environment's `settings` are not checked by argparse) that quietly means letters."""
+    with pytest.raises(UserError, match="wrds"):
+        reflect_rl.Labels(tokenizers["GPT-2-like"], "wrds")
+
+
 def test_letters_follow_the_menu(tokenizer):
     """Catches letters that depend on what the actions say, and words where letters were asked for."""
     letters = reflect_rl.Labels(tokenizer)

@@ -343,6 +343,14 @@ def test_base_is_made_from_nothing(tmp_path, monkeypatch, capsys):
         run_script(sft, *options, "--out", tmp_path / "odd", "--width", 48, monkeypatch=monkeypatch)
 
 
+def test_numbered_things_are_one_token_and_numbers_are_not():
+    """Catches `cabinet 3` cut in two, and digits that merge with any other word or with a third digit."""
+    text = "go to cabinet 3, then cabinet 12. row 3 of cabinet 123"
+    tokens = sft.train_tokenizer([text] * 50, 400, ("cabinet",)).tokenize(text)
+    assert [token.removeprefix("Ġ") for token in tokens if "cabinet" in token] == ["cabinetĠ3", "cabinetĠ12", "cabinet"]
+    assert "Ġrow" in tokens and tokens[-3:] == ["Ġ1", "2", "3"]
+
+
 def test_reading_accuracy_is_measured(tokenizers, monkeypatch):
     """Catches an exam that everybody passes, or nobody: a model that knows one fixed text by heart gets exactly it
     right."""
