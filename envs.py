@@ -692,7 +692,7 @@ def explore_tasks(repos, generated, per_file):
     for split, roots in splits.items():
         for root in roots:
             rng = random.Random(os.path.basename(root))
-            found = tasks_of_tree(tree_of(root), root, rng, per_file)
+            found = tasks_of_tree(tree_of(root), root, rng, 1 if root.startswith("generated:") else per_file)
             if split != "train":
                 tasks[split] += found
                 continue
@@ -758,22 +758,29 @@ def generate_tree(seed):
 
 
 @functools.lru_cache(maxsize=1)
-def known_words():
-    """The words of the training themes and of everybody's lists."""
-    everything = {**vocabulary(), "themes": vocabulary()["themes"]["train"], "kinds": {}}
-    return sorted(set(re.findall(r"[a-z]{5,}", json.dumps(everything).lower())))
+def common_words():
+    """Common English words, and words of Python's documentation."""
+    return (DATA / "words.txt").read_text(encoding="utf-8").split()
+
+
+@functools.lru_cache(maxsize=1)
+def kept_words():
+    """The words of the themes of `valid` and `test`."""
+    themes = vocabulary()["themes"]
+    return set(re.findall("[a-z]+", json.dumps([themes["valid"], themes["test"]]).lower()))
 
 
 def invented(words, rng):
-    """Words in lists and dictionaries, each replaced by one that does not exist: `galling`, of gallery and rolling."""
+    """Words in lists and dictionaries, each replaced by another: an English one, or one that does not exist, such as
+    `galling`, of gallery and rolling. Words of `valid` and `test` never come up."""
     if isinstance(words, dict):
         return {invented(key, rng): invented(value, rng) for key, value in words.items()}
     if isinstance(words, list):
         return [invented(word, rng) for word in words]
     word = words
-    while word == words or word in known_words():
-        first, last = rng.choice(known_words()), rng.choice(known_words())
-        word = first[: len(first) // 2 + 1] + last[len(last) // 2 :]
+    while word == words or word in kept_words():
+        first, last = rng.sample(common_words(), 2)
+        word = first if rng.random() < 0.5 else first[: len(first) // 2 + 1] + last[len(last) // 2 :]
     return word
 
 
@@ -810,7 +817,8 @@ class AutoExplore(Env):
     episode: right +1, wrong -0.5; every step costs 0.02. Deviation: the paper's agent sees the history of its commands;
     ours sees what it has seen of the directory it is in, so that equal situations are equal texts.
 
-    `repos`: a directory of yours instead of data/repos; `questions`: a JSONL file of tasks instead of generated ones.
+    `repos`: a directory of yours instead of data/repos; `questions`: a JSONL file of tasks instead of generated ones;
+    `per_file`: most questions a file (of the `generated` repositories' files, which are many, one each).
     Reset options: `task`, `shuffle` (the menu in random order), `leave_out` (probability that a file that is not a
     target is hidden).
     """
@@ -836,7 +844,7 @@ class AutoExplore(Env):
         result_lines=8,
         max_actions=26,
         generated=100,
-        per_file=2,
+        per_file=8,
         shuffle=False,
         leave_out=0.0,
     ):

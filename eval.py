@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,7 +160,7 @@ def plain_adapters(run):
 
 
 def plot(args):
-    """Success of all RL runs over training episodes, one line a run, to the file `args.plot`."""
+    """Success of all RL runs over training episodes, to the file `args.plot`; seeds share a colour."""
     try:
         import matplotlib
 
@@ -168,11 +169,15 @@ def plot(args):
     except ImportError:
         raise UserError("plots need matplotlib: pip install matplotlib") from None
     figure, axes = plt.subplots(figsize=(7, 4))
+    colours = {}
     for log in sorted(Path(args.runs).glob(f"{short_name(args.env)}-rl*/log.jsonl")):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         points = [(line["episodes"], line["valid_success"]) for line in lines if "valid_success" in line]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=log.parent.name)
+            kind = re.sub(r"-s\d+$", "", log.parent.name)
+            style = {"color": colours[kind]} if kind in colours else {"label": kind}
+            [line] = axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, **style)
+            colours[kind] = line.get_color()
     axes.set(xlabel="training episodes", ylabel="success on the validation starts (sampled)", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

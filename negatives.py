@@ -357,6 +357,7 @@ def corpus_document(make_env, rng, labels):
 
     No expert action and no reflection, so that what SFT and RL add is theirs. Facts and menu are shuffled: a label
     means its line and nothing else. Mostly the random action is named among the facts, which teaches to find its label.
+    `labels`: see `reflect_rl.Labels`.
     """
     env = make_env()
     state, info = random_walk(env, rng, rng.randrange(20))

@@ -120,7 +120,10 @@ class Labels:
     def name(self, actions):
         chosen = [None] * len(actions)
         if self.kind == "words":
-            tokens = [[t for t in self.tokens_of(action) if self.spell(t)] for action in actions]
+            tokens = [
+                [t for t in self.tokens_of(action) if (self.spell(t) or "\n").strip(" ") in action]
+                for action in actions
+            ]
             shared, taken = collections.Counter(t for row in tokens for t in set(row)), set()
             for i in sorted(range(len(actions)), key=lambda i: actions[i]):
                 chosen[i] = min((t for t in tokens[i] if t not in taken), key=shared.__getitem__, default=None)

@@ -626,7 +626,7 @@ def add_rl_options(parser):
     group.add_argument(
         "--rl-lr", type=float, default=1e-3, help="peak learning rate; falls linearly to a fifth (default: 1e-3)"
     )
-    group.add_argument("--warmup", type=int, default=10, help="updates over which it rises first (default: 10)")
+    group.add_argument("--warmup", type=int, help="updates over which it rises first (default: a tenth of --updates)")
     group.add_argument("--entropy", type=float, default=0.03, help="entropy bonus; falls linearly to 0 (default: 0.03)")
     group.add_argument("--gamma", type=float, default=0.97, help="discount (default: 0.97)")
     group.add_argument("--clip", type=float, default=0.3, help="largest gradient norm (default: 0.3, the paper's)")
@@ -686,6 +686,7 @@ def resolve(args):
         "epochs": {"ppo": 3, "grpo": 2}.get(args.algo, 1),
         "minibatches": 2 if args.algo == "ppo" else 1,
         "target_kl": 0.03 if several else 0.0,
+        "warmup": args.updates // 10,
     }
     for key, value in defaults.items():
         if getattr(args, key) is None:

@@ -21,11 +21,12 @@ import functools
 import math
 import random
 import re
+import string
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -365,17 +366,33 @@ def sft_run(args, stages):
 MUON_TO_ADAMW = 0.3  # learning rate of AdamW's parameters, as a share of Muon's
 
 
+JOINED = "\u2040"  # "a/b" is read as "a", "/\u2040", " b": the mark says that no space followed
+
+
 def train_tokenizer(texts, size, numbered=()):
     """Byte-level BPE in which every digit (with the space before it) and every punctuation mark is a token of its own,
     so that a grid cell never merges with its neighbours. Things that go by a number (`numbered`: `cabinet 3`) keep it:
-    they are names. The end-of-text token is id 0; it is also the padding (masks never look at ids)."""
+    they are names. The end-of-text token is id 0; it is also the padding (masks never look at ids).
+
+    A word has the same tokens behind a space, a new line and a mark: `oven` of "an oven", "/oven", "my_oven". Else it
+    could not be found by comparing tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
-    names = rf" ?(?:{'|'.join(numbered)}) \p{{N}}{{1,2}}(?!\p{{N}})|" if numbered else ""
-    split = pre_tokenizers.Split(Regex(names + r" ?\p{L}+| ?\p{N}|[^\s\p{L}\p{N}]|\s"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    marks = [(re.escape(mark), mark + JOINED) for mark in string.punctuation + string.digits]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(rf"{old}(?=\p{{L}})"), f"{new} ") for old, new in [(r"\n", "\n"), *marks]]
     )
-    tokenizer.decoder = decoders.ByteLevel()
+    names = rf" ?(?:{'|'.join(numbered)}) \p{{N}}{{1,2}}(?!\p{{N}})|" if numbered else ""
+    words = rf" ?\p{{L}}+| ?\p{{N}}{JOINED}?|[^\s\p{{L}}\p{{N}}]{JOINED}?|\s"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(names + words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace(f"{JOINED} ", ""), decoders.Replace(Regex(r"\n (?=\p{L})"), "\n")]
+    )
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -507,6 +524,8 @@ def base_tokenizer(names, args, folder):
     if not (folder / "tokenizer.json").exists():
         letters = dict.fromkeys(names, lambda actions: (LABELS, None))
         sample = base_corpus(letters, f"tokenizer/{args.seed}", range(3000))
+        # a label and a common word, behind a space or a new line, should be one token
+        sample += ["".join(f" {word}" for word in (*LABELS, *envs.common_words()))] * 100
         # the tokenizer, and it alone, also sees teacher reflections: it should spell them in few tokens
         for name in names:
             records = negatives.make_records(functools.partial(envs.make, name), 30, 0.5, args.seed)
@@ -533,7 +552,7 @@ class BaseCorpus:
         """The token-id pairs of an update."""
         seed, size, reading = self.args.seed, self.args.base_batch, step >= self.args.copy_steps
         rng = random.Random(f"{seed}/exercises/{step}")
-        pairs = [copying_exercise(rng, len(self.tokenizer)) for _ in range(size // 4 if reading else 4 * size)]
+        pairs = [copying_exercise(rng, len(self.tokenizer)) for _ in range(size // 2 if reading else 4 * size)]
         return pairs + (self.documents(seed, range(step * size, (step + 1) * size)) if reading else [])
 
 
@@ -640,7 +659,7 @@ def main():
         default="taxi,autoexplore,alfworld",
         help="environments whose random play is the corpus (default: all three)",
     )
-    group.add_argument("--vocabulary", type=int, default=2048, help="most tokens (default: 2048)")
+    group.add_argument("--vocabulary", type=int, default=5120, help="most tokens (default: 5120)")
     group.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 32 (default: 128)")
     group.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
     group.add_argument("--copy-steps", type=int, default=150, help="updates that only copy, at first (default: 150)")

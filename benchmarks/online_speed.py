@@ -82,11 +82,11 @@ class PlainPlayers:
             cut = [self.tokenizer.eos_token_id not in row.tolist() for row in written]
             reflections = [players.close(text, c) for text, c in zip(texts, cut, strict=True)]
         prompts = [players.prompt(*row) for row in zip(states, reflections, actions, strict=True)]
-        labels = players.label_ids.tolist()
-        answers = self.generate(prompts, "policy", 1, lambda row, _: labels[: len(actions[row])])[:, 0].tolist()
+        menus = [list(players.label_ids(menu)) for menu in actions]
+        answers = self.generate(prompts, "policy", 1, lambda row, _: menus[row])[:, 0].tolist()
         return reflections, [
-            [0.0 if labels[i] == answer else -torch.inf for i in range(len(a))]
-            for a, answer in zip(actions, answers, strict=True)
+            [0.0 if label == answer else -torch.inf for label in menu]
+            for menu, answer in zip(menus, answers, strict=True)
         ]
 
 

@@ -44,8 +44,8 @@ def sample_texts():
 
 
 def digit_tokenizer():
-    """The project's own: byte-level, every digit a token of its own."""
-    return sft.train_tokenizer(sample_texts(), 400)
+    """The project's own: byte-level, every digit a token of its own, and every label behind a space."""
+    return sft.train_tokenizer([*sample_texts(), "".join(f" {label}" for label in reflect_rl.LABELS) * 200], 400)
 
 
 def gpt2_tokenizer():

@@ -38,7 +38,7 @@ class Walk(envs.Env):
 
     def tasks(self, split):
         start = {"train": 0, "valid": 12, "test": 16}[split]
-        return [{"goal": 3 + i % 3, "number": i} for i in range(start, start + (12 if split == "train" else 4))]
+        return [{"goal": 2 + i % 3, "number": i} for i in range(start, start + (12 if split == "train" else 4))]
 
     def reset(self, *, seed=None, options=None):
         self.rng = random.Random(seed)
@@ -79,7 +79,8 @@ def make_base(folder):
     """A random GPT-2 of two layers and a tokenizer for Walk's texts, as a Hugging Face directory."""
     env = Walk()
     texts = [env.reset(seed=i, options={"task": task})[0] for i, task in enumerate(env.tasks("train"))]
-    tokenizer = sft.train_tokenizer([f"{t}\n# Analyze:\n# Actions:\nA go left\n# Action:\n" for t in texts], 320)
+    texts = [f"{t}\n# Analyze:\n# Actions:\nA go left\n# Action:\n" for t in texts]
+    tokenizer = sft.train_tokenizer([*texts, " A B C D" * 50], 320)
     torch.manual_seed(1)
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **shape))

@@ -23,12 +23,12 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def walks(base):
-    """Episodes of random-ish play, four of each of three tasks: successes, failures and truncated ones."""
+    """Episodes of random-ish play, twelve of each of three tasks: successes, failures and truncated ones."""
     return play_walks(make_players(base))
 
 
 def play_walks(players):
-    tasks = [task for task in Walk().tasks("train")[:3] for _ in range(4)]
+    tasks = [task for task in Walk().tasks("train")[:3] for _ in range(12)]
     return play(players, Walk, tasks, seed=3, batch=5)
 
 

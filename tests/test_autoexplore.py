@@ -177,7 +177,7 @@ def test_states_menus_and_reflections_are_short():
             reflection = reflect_on_exploration(env, mistake)
             assert reflection.endswith(tuple(GOALS.values())) and "\n" not in reflection
             assert env.actions[env.expert_action()] not in reflection  # the decision is the policy's
-            assert envs.count_tokens(reflection) <= 100 and envs.count_tokens(state) <= 150
+            assert envs.count_tokens(reflection) <= 110 and envs.count_tokens(state) <= 150
             assert all(beginning and rest.endswith(".") for beginning, rest in env.describe())
             mistake = bool(env.mistakes()) and rng.random() < 0.3
             action = rng.choice(env.mistakes()) if mistake else env.expert_action()
@@ -188,17 +188,31 @@ def test_states_menus_and_reflections_are_short():
 # Tasks.
 
 
-def test_invented_repositories_share_no_word_with_others():
-    """Catches known words in invented repositories (then they teach less than they could), and invented test tasks."""
+def test_invented_repositories_have_no_word_of_held_out_themes():
+    """Catches words of the themes of `valid` and `test` in training repositories, one vocabulary for all invented
+    repositories, and invented test tasks."""
 
     def names(seeds):
-        paths = (path for seed in seeds for path, _ in envs.files_of(envs.generate_tree(seed)))
         return {
-            word for path in paths for name in path for word in re.findall("[a-z]+", name.rpartition(".")[0] or name)
+            word
+            for seed in seeds
+            for path, text in envs.files_of(envs.generate_tree(seed))
+            for word in re.findall("[a-z]+", f"{' '.join(path)} {text}".lower())
         }
 
-    known, new = names(range(40)), names(range(envs.INVENTED, envs.INVENTED + 20))
-    assert len(new) > 200 and not new & known and len(names([envs.INVENTED]) & names([envs.INVENTED + 1])) < 3
+    themes = envs.vocabulary()["themes"]
+    held_out = [
+        name
+        for split in ("valid", "test")
+        for theme in themes[split].values()
+        for d, t in theme.items()
+        for name in (d, *t)
+    ]
+    invented = names(range(envs.INVENTED, envs.INVENTED + 40))
+    assert len(invented) > 2000 and len(held_out) > 60 and not invented & set(held_out)
+    everywhere = names(range(3))
+    one, other = names([envs.INVENTED]) - everywhere, names([envs.INVENTED + 1]) - everywhere
+    assert len(one) > 60 and len(one & other) < 10, one & other
     env = AutoExplore()
     for split in SPLITS:
         roots = {task["root"] for task in env.tasks(split)}

@@ -70,7 +70,7 @@ def test_eos_is_trained_even_if_it_pads(tokenizer):
     ids, mask = sft.collate(pairs)
     for row, targets, record in zip(ids, mask, records, strict=True):
         assert row[targets][-1] == tokenizer.eos_token_id, "EOS is not among the trained targets"
-        assert tokenizer.decode(row[targets][:-1]) == record.reflection
+        assert tokenizer.decode(row[targets][:-1]).strip() == record.reflection
 
 
 def test_gradient_pulls_eos_up(bases):
@@ -278,13 +278,14 @@ def test_tokenizer_keeps_grid_cells_apart():
     """Catches a map whose cells merge with their neighbours: every digit and punctuation mark is a token of its own."""
     state = envs.make("taxi").reset(options={"task": 3})[0]
     tokenizer = sft.train_tokenizer([state] * 50 + ["row 10 column 100"] * 50, 400)
+    joined = tokenizer.tokenize("|" + sft.JOINED)[0].removeprefix("|")
     for text in (state, "row 10 column 100", "12:34|56"):
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text
         assert not [
             token
             for token in tokenizer.convert_ids_to_tokens(ids)
-            if len(token.removeprefix("Ġ")) > 1 and any(c.isdigit() or c in "|:+-" for c in token)
+            if len(token.removeprefix("Ġ").removesuffix(joined)) > 1 and any(c.isdigit() or c in "|:+-" for c in token)
         ]
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
     assert tokenizer.decode(tokenizer("ünïcode → ok")["input_ids"]) == "ünïcode → ok"
@@ -351,6 +352,21 @@ def test_numbered_things_are_one_token_and_numbers_are_not():
     assert "Ġrow" in tokens and tokens[-3:] == ["Ġ1", "2", "3"]
 
 
+def test_a_word_has_the_same_tokens_wherever_it_stands():
+    """Catches a word that cannot be found by comparing tokens, and text that does not come back as it was."""
+    texts = [
+        "about overview\nDirectory: /overview/x",
+        'an overview: {"overview": 3}',
+        "def my_overview(overview=1):\n    x = 2",
+    ]
+    tokenizer = sft.train_tokenizer(texts * 50, 340)
+    starts = ("an ", "/", "\n", '"', "my_", "3", "(")
+    [word] = {tokenizer(f"{start}overview")["input_ids"][-1] for start in starts}
+    assert all(tokenizer(text)["input_ids"].count(word) == text.count("overview") for text in texts)
+    for text in [*texts, "a/b c.d\n  e\n\nf(g)h 3rd it's | : x"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
 def test_reading_accuracy_is_measured(tokenizers, monkeypatch):
     """Catches an exam that everybody passes, or nobody: a model that knows one fixed text by heart gets exactly it
     right."""
@@ -376,7 +392,7 @@ def test_labels_are_examined(tokenizers):
     """Catches an exam of another position: a model that always says B behind the header is right on one of two
     documents, and one that names no action is not asked."""
     tokenizer = tokenizers["digit-splitting"]
-    b = tokenizer("B")["input_ids"][0]
+    b = tokenizer("\nB")["input_ids"][-1]
 
     class SaysB(torch.nn.Module):
         device = torch.device("cpu")
@@ -396,7 +412,7 @@ def test_copying_comes_first(tokenizers):
     options = argparse.Namespace(seed=0, base_batch=4, copy_steps=2)
     corpus = sft.BaseCorpus(["taxi", "autoexplore"], options, tokenizers["digit-splitting"])
     copies = [[prompt == completion for prompt, completion in corpus.batch_at(step)] for step in range(4)]
-    assert copies == [[True] * 16] * 2 + [[True] + [False] * 4] * 2
+    assert copies == [[True] * 16] * 2 + [[True] * 2 + [False] * 4] * 2
     assert corpus.batch_at(3) == corpus.batch_at(3) != corpus.batch_at(2)
 
 
