@@ -871,7 +871,8 @@ class AutoExplore(Env):
         return parts[split.removesuffix("_seen")]
 
     def groups(self, task):
-        return (f"depth {task['depth']}",) if "depth" in task else ()
+        origin = "generated" if task["root"].startswith("generated:") else "written"
+        return *((f"depth {task['depth']}",) if "depth" in task else ()), f"{origin} repository"
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -1027,15 +1028,28 @@ class AutoExplore(Env):
         verdicts = [(f"{word} is in", f" {place}.") for word, place in zip(words, places, strict=True)]
         return [(f"The file {name} speaks of", f" {topic or 'nothing'}."), *verdicts]
 
+    def corpus_task(self, rng):
+        """A task for the base LM's corpus: half of the time of a repository that comes up only once, since words that
+        are met again and again are learned by heart, not compared."""
+        if self.repos or rng.random() < 0.5:
+            return rng.choice(self.tasks("train"))
+        root = f"generated:{rng.randrange(10 * INVENTED, 10**9)}"
+        return rng.choice(tasks_of_tree(tree_of(root), root, rng, 1))
+
     def ask_here(self, rng):
-        """Go on with a training question that is answered near by. For the base LM's corpus: random play hardly ever is
-        where its question points, and nearly all words would be found nowhere."""
+        """Go on with another question, for the base LM's corpus; most questions are about something far away, whose
+        words are found nowhere. Either one that is answered near by, or words of what is seen here and of elsewhere."""
         place = [*self.cwd, self.last[1]] if self.last[0] == "cat" and rng.random() < 0.5 else self.cwd
         beginning = "".join(f"{name}/" for name in place)
         here = (task for task in self.tasks("train") if task["root"] == self.task["root"])
         near = [task for task in here if f"{task['targets'][0]}/".startswith(beginning)]
-        if near:
-            self.ask(rng.choice(near))
+        if near and rng.random() < 0.5:
+            return self.ask(rng.choice(near))
+        texts = [" ".join(self.names_here()[0]), " ".join(self.cwd), self.result]
+        pools = [words for words in map(spelt_words_of, texts) if words]
+        pools.append(spelt_words_of(rng.choice([text for _, text in files_of(self.tree)])) or ["nothing"])
+        words = list(dict.fromkeys(rng.choice(rng.choice(pools)) for _ in range(rng.randint(3, 8))))
+        self.ask(self.task | {"question": f"Which file about {words[0]} says: {' '.join(words[1:])}?"})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1380,7 +1394,14 @@ class ALFWorld(Env):
     Horizon 30: the expert, who has to search, needs 7.6 steps on average and 15 at most by default.
     """
 
-    settings = {"labels": "words", "trajectories": 1000, "reflect_steps": 1500, "updates": 25, "eval_every": 25}
+    settings = {
+        "labels": "words",
+        "trajectories": 1000,
+        "reflect_steps": 1500,
+        "policy_steps": 600,
+        "updates": 25,
+        "eval_every": 25,
+    }
     counts = {"train": 300, "valid": 10, "test": 20}  # tasks of each of the six types
     milestones = ("found", "taken", "treated", "placed")
 

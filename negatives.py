@@ -331,7 +331,8 @@ def sft_examples(records, form, labels):
 
 def random_walk(env, rng, length):
     """Random play of at most `length` steps that does not end: `(state, info)`; the environment stays there."""
-    options = {**getattr(env, "training", {}), "task": rng.choice(env.tasks("train"))}
+    task = env.corpus_task(rng) if hasattr(env, "corpus_task") else rng.choice(env.tasks("train"))
+    options = {**getattr(env, "training", {}), "task": task}
     if getattr(env, "modes", None):
         options["mode"] = rng.choice(env.modes)
     seed, history = rng.getrandbits(32), []
@@ -343,7 +344,7 @@ def random_walk(env, rng, length):
             history.append(action)
         else:
             state, info, _ = replay(env, options, history, seed)
-    if hasattr(env, "ask_here") and rng.random() < 0.5:
+    if hasattr(env, "ask_here") and rng.random() < 0.8:
         env.ask_here(rng)
         state = env.render()
     return state, info

@@ -220,19 +220,35 @@ def test_invented_repositories_have_no_word_of_held_out_themes():
         assert bool(invented) == (split in ("train", "valid_seen", "test_seen"))
 
 
-def test_questions_asked_in_passing_are_answered_near_by():
-    """Catches a question of another repository, of another split or from elsewhere, and one whose target is the old."""
-    env, rng, inside = AutoExplore(), random.Random(0), 0
+def test_questions_asked_in_passing_are_about_what_is_near():
+    """Catches a question of another repository or split, one whose target is the old, and words from nowhere."""
+    env, rng = AutoExplore(), random.Random(0)
     training = {(task["root"], task["question"]): task["targets"] for task in env.tasks("train")}
-    for _ in range(60):
+    inside = real = made_up = 0
+    for _ in range(120):
         negatives.random_walk(env, rng, 6)
         root, cwd = env.task["root"], "".join(f"{name}/" for name in env.cwd)
         env.ask_here(rng)
-        assert env.task["root"] == root and training[root, env.task["question"]] == env.task["targets"]
-        assert {"/".join(target) for target in env.targets} == set(env.task["targets"])
-        assert env.render().startswith(f"Question: {env.task['question']}\n")
-        inside += bool(cwd) and env.task["targets"][0].startswith(cwd)
-    assert inside > 15
+        assert env.task["root"] == root and env.render().startswith(f"Question: {env.question}\n")
+        if (root, env.question) in training:
+            real += 1
+            assert {"/".join(target) for target in env.targets} == set(training[root, env.question])
+            inside += bool(cwd) and env.task["targets"][0].startswith(cwd)
+        else:
+            made_up += 1
+            everything = " ".join(f"{' '.join(path)} {text} {env.render()}" for path, text in files_of(env.tree))
+            assert set(env.asked()) <= set(envs.spelt_words_of(everything))
+    assert real > 20 and inside > 10 and made_up > 40
+
+
+def test_corpus_is_of_training_repositories_and_of_new_ones():
+    """Catches test repositories in the base LM's corpus, and one that knows few words by heart."""
+    env, rng = AutoExplore(), random.Random(0)
+    training = {task["root"] for task in env.tasks("train")}
+    roots = [env.corpus_task(rng)["root"] for _ in range(100)]
+    new = [root for root in roots if root not in training]
+    assert 30 < len(new) == len(set(new)) < 70
+    assert all(envs.split_of_seed(int(root.removeprefix("generated:"))) == "train" for root in new)
 
 
 def test_splits_are_disjoint_by_repository_and_by_question():

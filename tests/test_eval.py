@@ -242,4 +242,7 @@ def test_groups_are_reported_apart(capsys):
 
 def test_depths_are_groups():
     env = envs.make("autoexplore", generated=10)
-    assert {env.groups(task) for task in env.tasks("train")} == {(f"depth {depth}",) for depth in range(4)}
+    origins = ("written repository", "generated repository")
+    assert {env.groups(task) for task in env.tasks("train")} == {
+        (f"depth {depth}", origin) for depth in range(4) for origin in origins
+    }
