@@ -826,8 +826,8 @@ class AutoExplore(Env):
     horizon = 15
     settings = {
         "labels": "words",
-        "trajectories": 800,
-        "reflect_steps": 800,
+        "trajectories": 1200,
+        "reflect_steps": 1000,
         "policy_steps": 400,
         "updates": 40,
         "max_reflection": 128,
@@ -1028,8 +1028,8 @@ class AutoExplore(Env):
         verdicts = [(f"{word} is in", f" {place}.") for word, place in zip(words, places, strict=True)]
         return [(f"The file {name} speaks of", f" {topic or 'nothing'}."), *verdicts]
 
-    def corpus_task(self, rng):
-        """A task for the base LM's corpus: half of the time of a repository that comes up only once, since words that
+    def training_task(self, rng):
+        """A task for corpus or teacher data: half of the time of a repository that comes up only once, since words that
         are met again and again are learned by heart, not compared."""
         if self.repos or rng.random() < 0.5:
             return rng.choice(self.tasks("train"))

@@ -208,6 +208,13 @@ def replay(env, options, actions, seed):
     return state, info, terminated or truncated
 
 
+def draw_task(env, split, rng):
+    """A random task of a split; for training an environment may have more than it lists (`training_task`)."""
+    if split == "train" and hasattr(env, "training_task"):
+        return env.training_task(rng)
+    return rng.choice(env.tasks(split))
+
+
 def expert_steps(env, over):
     """Steps that the expert still needs from here, None if it does not get there; leaves the environment at its end."""
     steps, success = 0, False
@@ -262,10 +269,9 @@ def trajectory(env, options, number, negative, seed):
 def make_records(make_env, trajectories, negatives, seed, split="train"):
     """`trajectories` expert trajectories on random tasks of a split, a share `negatives` of them perturbed."""
     env, rng, records = make_env(), random.Random(seed), []
-    tasks = env.tasks(split)
     count = round(trajectories * negatives)
     for number in range(trajectories):
-        options = {**getattr(env, "training", {}), "task": rng.choice(tasks)}
+        options = {**getattr(env, "training", {}), "task": draw_task(env, split, rng)}
         records += trajectory(env, options, number, number < count, rng.getrandbits(32))
     return records
 
@@ -331,8 +337,7 @@ def sft_examples(records, form, labels):
 
 def random_walk(env, rng, length):
     """Random play of at most `length` steps that does not end: `(state, info)`; the environment stays there."""
-    task = env.corpus_task(rng) if hasattr(env, "corpus_task") else rng.choice(env.tasks("train"))
-    options = {**getattr(env, "training", {}), "task": task}
+    options = {**getattr(env, "training", {}), "task": draw_task(env, "train", rng)}
     if getattr(env, "modes", None):
         options["mode"] = rng.choice(env.modes)
     seed, history = rng.getrandbits(32), []
@@ -356,8 +361,9 @@ FACTS_HEADER = "# Facts:\n"
 def corpus_document(make_env, rng, labels):
     """One document for the base LM: a state met in RANDOM play, plain facts about it, a random action, what it led to.
 
-    No expert action and no reflection, so that what SFT and RL add is theirs. Facts and menu are shuffled: a label
-    means its line and nothing else. Mostly the random action is named among the facts, which teaches to find its label.
+    No expert action and no reflection, so that what SFT and RL add is theirs. The menu is shuffled: a label means its
+    line and nothing else. Mostly the random action is named among the facts, which teaches to find its label. Half of
+    the time the facts are in order, which teaches to go through a listing, else each has to be found by itself.
     `labels`: see `reflect_rl.Labels`.
     """
     env = make_env()
@@ -368,7 +374,8 @@ def corpus_document(make_env, rng, labels):
     pick = rng.randrange(len(menu))
     if rng.random() < 0.75:
         sentences.append(f"Now: {info['actions'][menu[pick]]}.")
-    rng.shuffle(sentences)
+    if rng.random() < 0.5:
+        rng.shuffle(sentences)
     actions = [info["actions"][i] for i in menu]
     names, _ = labels(actions)
     prompt = policy_prompt(f"{state}\n{FACTS_HEADER}{' '.join(sentences)}", None, actions, names)
