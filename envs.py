@@ -826,10 +826,12 @@ class AutoExplore(Env):
     horizon = 15
     settings = {
         "labels": "words",
-        "trajectories": 1200,
+        "trajectories": 2000,
+        "negatives": 0.75,
         "reflect_steps": 1000,
-        "policy_steps": 400,
+        "policy_steps": 500,
         "updates": 40,
+        "rl_lr": 2e-3,
         "max_reflection": 128,
     }
     training = {"shuffle": True, "leave_out": 0.2}
@@ -988,12 +990,15 @@ class AutoExplore(Env):
         """Indices of the actions that are not the expert's and do not end the episode: what a perturbation may take.
 
         None once the answer has been read: a state shows only the file read last, so that a later one could not say
-        which of the files read before was the right one, and no reflection could be learned from it.
+        which of the files read before was the right one, and no reflection could be learned from it. Where the answer
+        is to be read, other files are: they have some words of the question, but not all.
         """
         if self.seen & self.targets:
             return []
         expert = self.expert_action()
-        return [i for i, (verb, _) in enumerate(self.moves) if i != expert and verb != "id"]
+        wrong = [i for i, (verb, _) in enumerate(self.moves) if i != expert and verb != "id"]
+        near_misses = [i for i in wrong if self.moves[i][0] == "cat" == self.moves[expert][0]]
+        return near_misses or wrong
 
     def matches(self, text):
         """The words of the question that a text has too, in the question's order and spelling."""
