@@ -220,6 +220,24 @@ def test_invented_repositories_have_no_word_of_held_out_themes():
         assert bool(invented) == (split in ("train", "valid_seen", "test_seen"))
 
 
+def test_mistakes_where_the_answer_is_are_near_misses():
+    """Catches teacher data that rarely read a wrong file: the reflector then says that every file has the answer."""
+    env, near = AutoExplore(), 0
+    for task in sample(env.tasks("train"), 40):
+        env.reset(options={"task": task})
+        for text in task["path"][:-1]:
+            found = [env.moves[i] for i in env.mistakes()]
+            expert = env.moves[env.expert_action()]
+            assert expert not in found and all(verb != "id" for verb, _ in found)
+            others = [move for move in env.moves if move[0] == "cat" and move != expert]
+            if expert[0] == "cat" and others:
+                assert found == others
+                near += 1
+            env.step(env.actions.index(text))
+        assert env.mistakes() == []
+    assert near > 25
+
+
 def test_questions_asked_in_passing_are_about_what_is_near():
     """Catches a question of another repository or split, one whose target is the old, and words from nowhere."""
     env, rng = AutoExplore(), random.Random(0)
