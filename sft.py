@@ -633,8 +633,8 @@ def add_sft_options(parser):
     group.add_argument(
         "--policy-steps",
         type=int,
-        default=300,
-        help="updates of the policy; few, so that RL has entropy left (default: 300)",
+        default=200,
+        help="updates of the policy; few, so that RL has entropy left (default: 200)",
     )
     group.add_argument("--batch", type=int, default=16, help="examples an update (default: 16)")
     group.add_argument(
