@@ -58,6 +58,11 @@ class Env:
         """Kinds of things that go by a number, such as `cabinet 3`: one token each to the base LM's tokenizer."""
         return ()
 
+    @staticmethod
+    def words():
+        """Words that the base LM's tokenizer should know, one token each, though random play may never show them."""
+        return ()
+
     def reset(self, *, seed=None, options=None):
         """Start an episode: `(state, info)`. `seed` reseeds the env's own RNG; `options["task"]` names the task."""
         raise NotImplementedError
@@ -759,12 +764,12 @@ def generate_tree(seed):
 
 @functools.lru_cache(maxsize=1)
 def common_words():
-    """Common English words, and words of Python's documentation."""
+    """2,710 words: common English nouns, and what is frequent in the docstrings of Python's standard library."""
     return (DATA / "words.txt").read_text(encoding="utf-8").split()
 
 
 @functools.lru_cache(maxsize=1)
-def kept_words():
+def held_out_words():
     """The words of the themes of `valid` and `test`."""
     themes = vocabulary()["themes"]
     return set(re.findall("[a-z]+", json.dumps([themes["valid"], themes["test"]]).lower()))
@@ -778,7 +783,7 @@ def invented(words, rng):
     if isinstance(words, list):
         return [invented(word, rng) for word in words]
     word = words
-    while word == words or word in kept_words():
+    while word == words or word in held_out_words():
         first, last = rng.sample(common_words(), 2)
         word = first if rng.random() < 0.5 else first[: len(first) // 2 + 1] + last[len(last) // 2 :]
     return word
@@ -858,6 +863,8 @@ class AutoExplore(Env):
         self.defaults = {"shuffle": shuffle, "leave_out": leave_out}
         self.rng = random.Random()
         self.done = True
+
+    words = staticmethod(common_words)
 
     def tasks(self, split):
         """`train`, `valid`, `test` (unseen repositories); `*_seen`: new questions on those of train."""
@@ -1036,14 +1043,15 @@ class AutoExplore(Env):
     def training_task(self, rng):
         """A task for corpus or teacher data: half of the time of a repository that comes up only once, since words that
         are met again and again are learned by heart, not compared."""
-        if self.repos or rng.random() < 0.5:
+        if self.repos or self.questions or rng.random() < 0.5:
             return rng.choice(self.tasks("train"))
         root = f"generated:{rng.randrange(10 * INVENTED, 10**9)}"
         return rng.choice(tasks_of_tree(tree_of(root), root, rng, 1))
 
     def ask_here(self, rng):
-        """Go on with another question, for the base LM's corpus; most questions are about something far away, whose
-        words are found nowhere. Either one that is answered near by, or words of what is seen here and of elsewhere."""
+        """Replace the question, for the base LM's corpus: by a training question that is answered near by, or by random
+        words of what is seen here and of a file elsewhere. Else random play would nearly always be far from what it
+        was asked about, and "no word", "neither" would be right without reading."""
         place = [*self.cwd, self.last[1]] if self.last[0] == "cat" and rng.random() < 0.5 else self.cwd
         beginning = "".join(f"{name}/" for name in place)
         here = (task for task in self.tasks("train") if task["root"] == self.task["root"])

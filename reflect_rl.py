@@ -120,10 +120,7 @@ class Labels:
     def name(self, actions):
         chosen = [None] * len(actions)
         if self.kind == "words":
-            tokens = [
-                [t for t in self.tokens_of(action) if (self.spell(t) or "\n").strip(" ") in action]
-                for action in actions
-            ]
+            tokens = [self.words_of(action) for action in actions]
             shared, taken = collections.Counter(t for row in tokens for t in set(row)), set()
             for i in sorted(range(len(actions)), key=lambda i: actions[i]):
                 chosen[i] = min((t for t in tokens[i] if t not in taken), key=shared.__getitem__, default=None)
@@ -135,10 +132,11 @@ class Labels:
         letters = dict(zip(self.ids, self.letters, strict=True))
         return [letters.get(t) or self.spell(t) for t in ids], ids
 
-    def tokens_of(self, action):
-        """Token ids of an action as it stands in the middle of a line, where words begin with their space."""
+    def words_of(self, action):
+        """Ids of the tokens that can be an action's label: those that may follow a prompt, and that are read in the
+        action (a tokenizer may have marks of its own). In the middle of a line, where words begin with their space."""
         before, both = encode(self.tokenizer, "A"), encode(self.tokenizer, f"A {action}")
-        return both[len(before) :]
+        return [t for t in both[len(before) :] if self.spell(t) and self.spell(t).strip() in action]
 
     def spell(self, token):
         """The text that continues a policy prompt by just this token, or None."""

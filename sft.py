@@ -366,7 +366,7 @@ def sft_run(args, stages):
 MUON_TO_ADAMW = 0.3  # learning rate of AdamW's parameters, as a share of Muon's
 
 
-JOINED = "\u2040"  # "a/b" is read as "a", "/\u2040", " b": the mark says that no space followed
+JOINED = "\u2040"  # a tie; "a/b" is read as "a", "/\u2040", " b": it says that no space followed
 
 
 def train_tokenizer(texts, size, numbered=()):
@@ -374,8 +374,8 @@ def train_tokenizer(texts, size, numbered=()):
     so that a grid cell never merges with its neighbours. Things that go by a number (`numbered`: `cabinet 3`) keep it:
     they are names. The end-of-text token is id 0; it is also the padding (masks never look at ids).
 
-    A word has the same tokens behind a space, a new line and a mark: `oven` of "an oven", "/oven", "my_oven". Else it
-    could not be found by comparing tokens.
+    A word has the same tokens behind a space, a new line and an ASCII mark: `oven` of "an oven", "/oven", "my_oven".
+    Else it could not be found by comparing tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     marks = [(re.escape(mark), mark + JOINED) for mark in string.punctuation + string.digits]
@@ -524,8 +524,9 @@ def base_tokenizer(names, args, folder):
     if not (folder / "tokenizer.json").exists():
         letters = dict.fromkeys(names, lambda actions: (LABELS, None))
         sample = base_corpus(letters, f"tokenizer/{args.seed}", range(3000))
-        # a label and a common word, behind a space or a new line, should be one token
-        sample += ["".join(f" {word}" for word in (*LABELS, *envs.common_words()))] * 100
+        # every label, and the words that an environment names, one token each behind a space or a new line
+        words = [word for name in names for word in getattr(envs.env_class(name), "words", tuple)()]
+        sample += ["".join(f" {word}" for word in (*LABELS, *words))] * 100
         # the tokenizer, and it alone, also sees teacher reflections: it should spell them in few tokens
         for name in names:
             records = negatives.make_records(functools.partial(envs.make, name), 30, 0.5, args.seed)

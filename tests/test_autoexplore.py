@@ -259,14 +259,18 @@ def test_questions_asked_in_passing_are_about_what_is_near():
     assert real > 20 and inside > 10 and made_up > 40
 
 
-def test_training_is_on_training_repositories_and_on_new_ones():
-    """Catches test repositories in corpus or teacher data, and too few words: they would be learned by heart."""
+def test_training_is_on_training_repositories_and_on_new_ones(tmp_path):
+    """Catches test repositories in corpus or teacher data, too few words (they would be learned by heart), and other
+    repositories than the user's, who gave questions."""
     env, rng = AutoExplore(), random.Random(0)
     training = {task["root"] for task in env.tasks("train")}
     roots = [env.training_task(rng)["root"] for _ in range(100)]
     new = [root for root in roots if root not in training]
     assert 30 < len(new) == len(set(new)) < 70
     assert all(envs.split_of_seed(int(root.removeprefix("generated:"))) == "train" for root in new)
+    own = AutoExplore(questions=tmp_path / "own.jsonl")
+    write_tasks(env.tasks("train")[:10], tmp_path / "own.jsonl")
+    assert {own.training_task(rng)["root"] for _ in range(20)} <= training
     used = []
     env.reset = lambda reset=env.reset, **how: used.append(how["options"]["task"]["root"]) or reset(**how)
     negatives.make_records(lambda: env, 30, 0.5, 0)

@@ -202,12 +202,16 @@ def test_show_prints_episodes(sft_runs, bases, capsys, monkeypatch):
 
 @pytest.mark.extra
 def test_plot(tmp_path, monkeypatch):
-    """Catches a plot of nothing, and lines without an evaluation that break it."""
+    """Catches a plot of nothing, lines without an evaluation that break it, and seeds that look like other methods."""
     pytest.importorskip("matplotlib")
-    run = tmp_path / "corridor-rl-s0"
-    run.mkdir()
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
     lines = [{"step": i, "episodes": 8 * i} | ({"valid_success": i / 10} if i % 2 else {}) for i in range(1, 6)]
-    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("corridor-rl-s0", "corridor-rl-s1", "corridor-rl-ppo-s0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run_script(
         evaluation,
         "--env",
@@ -219,6 +223,10 @@ def test_plot(tmp_path, monkeypatch):
         monkeypatch=monkeypatch,
     )
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    [axes] = drawn[0].axes
+    ppo, first, second = [line.get_color() for line in axes.lines]
+    assert ppo != first == second and [len(line.get_xdata()) for line in axes.lines] == [3, 3, 3]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["corridor-rl-ppo", "corridor-rl"]
 
 
 def test_groups_are_reported_apart(capsys):
@@ -240,7 +248,7 @@ def test_groups_are_reported_apart(capsys):
     assert [line.split("|")[1].strip() for line in lines] == ["random", "expert"] and "100.0%" in lines[1]
 
 
-def test_depths_are_groups():
+def test_groups_are_depth_and_origin():
     env = envs.make("autoexplore", generated=10)
     origins = ("written repository", "generated repository")
     assert {env.groups(task) for task in env.tasks("train")} == {

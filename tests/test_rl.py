@@ -37,6 +37,12 @@ def rl_args(*options):
     return args
 
 
+def test_warmup_is_a_tenth_of_the_run():
+    """Catches a short run (ALFWorld: 25 updates) that warms up for nearly half of it, and a 0 that is overruled."""
+    assert [rl_args("--updates", n).warmup for n in (100, 25, 5)] == [10, 2, 0]
+    assert rl_args("--warmup", 0).warmup == 0 and rl_args("--warmup", 7, "--updates", 20).warmup == 7
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Returns and advantages
 
