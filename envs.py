@@ -27,6 +27,7 @@ import importlib
 import importlib.metadata
 import itertools
 import json
+import keyword
 import os
 import pathlib
 import random
@@ -365,9 +366,13 @@ def read_head(path):
 
 
 def tree_of(root):
-    """The tree that a task's `root` names: `generated:SEED`, an absolute path, or a name under data/repos."""
+    """The tree that a task's `root` names: `generated:SEED`, `reworded:SEED:NAME`, an absolute path, or a name under
+    data/repos."""
     if root.startswith("generated:") and root[10:].isdecimal():
         return generate_tree(int(root[10:]))
+    if re.fullmatch(r"reworded:\d+:[^/\\]+", root):
+        _, seed, name = root.split(":", 2)
+        return reworded_tree(int(seed), name)
     if os.path.isabs(root):
         return read_tree(root)
     if root in (".", "..") or "/" in root or "\\" in root or not (DATA / "repos" / root).is_dir():
@@ -789,6 +794,54 @@ def invented(words, rng):
     return word
 
 
+KEPT = {
+    *map(str.lower, keyword.kwlist),
+    *CODE,
+    "csv",
+    "html",
+    "json",
+    "license",
+    "readme",
+    "toml",
+    "txt",
+    "yaml",
+    "yml",
+}
+
+
+@functools.lru_cache(maxsize=256)
+def reworded_tree(seed, name):
+    """A repository of data/repos in other words: each word of meaning becomes an invented one, in names and in texts.
+
+    Words of one family stay one: where `roast` becomes `gallery`, `roasting` becomes `galling`. So there are as many
+    repositories as one likes that are laid out and phrased as people do it, and none that can be learned by heart.
+    """
+    rng, others = random.Random(f"reworded {seed} {name}"), {}
+
+    def other(match):
+        word = match[0].lower()
+        if word in STOP or word in KEPT:
+            return match[0]
+        root = stem(word)
+        if root not in others:
+            others[root] = invented(word, rng)
+        new = stem(others[root]) + word[len(root) :] if word[len(root) :] else others[root]
+        return new.upper() if match[0].isupper() else new.capitalize() if match[0][0].isupper() else new
+
+    def reworded(text):
+        return re.sub(r"[A-Z][a-z]{2,}|[a-z]{3,}|[A-Z]{3,}", other, text)
+
+    def rewritten(tree):
+        names = {name: reworded(name) for name in tree}
+        clash = len(set(names.values())) < len(names)
+        return {
+            name if clash else names[name]: rewritten(node) if isinstance(node, dict) else reworded(node)
+            for name, node in tree.items()
+        }
+
+    return rewritten(tree_of(name))
+
+
 def generated_readme(departments):
     """A table of contents, in a form that no question is made of."""
     return "\n".join(["# Contents", *(" | ".join([name, *things[:3]]) for name, things in departments.items())])
@@ -836,10 +889,12 @@ class AutoExplore(Env):
         "reflect_steps": 1000,
         "policy_steps": 500,
         "updates": 40,
+        "eval_every": 40,
         "rl_lr": 2e-3,
-        "max_reflection": 128,
+        "max_reflection": 160,
     }
     training = {"shuffle": True, "leave_out": 0.2}
+    turns = 2  # of the base LM's corpus: to find words again is the hardest to learn
 
     def __init__(
         self,
@@ -1022,11 +1077,9 @@ class AutoExplore(Env):
         facts = [("The question has the words", f" {', '.join(words)}.")]
         if self.last[0] == "cat":
             facts += self.describe_result(show_name(self.last[1]), words)
-        if self.cwd:
-            facts.append(
-                ("The path has", f" {', '.join(self.matches(' '.join(self.cwd))) or 'no word'} of the question.")
-            )
-        facts += [(f"The name {name} has", f" {', '.join(self.matches(name)) or 'no word'}.") for name in here]
+        way = [f"{show_name(name)}/" for name in self.cwd]
+        for place, names in (("On the way", way), ("The name", here)):
+            facts += [(f"{place} {name} has", f" {', '.join(self.matches(name)) or 'no word'}.") for name in names]
         unread = [name for name in here if name not in seen]
         facts.append(("Seen here:", f" {', '.join(seen) or 'nothing'}."))
         facts.append(("Not seen yet:", f" {', '.join(unread) or 'nothing'}."))
@@ -1041,11 +1094,14 @@ class AutoExplore(Env):
         return [(f"The file {name} speaks of", f" {topic or 'nothing'}."), *verdicts]
 
     def training_task(self, rng):
-        """A task for corpus or teacher data: half of the time of a repository that comes up only once, since words that
-        are met again and again are learned by heart, not compared."""
-        if self.repos or self.questions or rng.random() < 0.5:
+        """A task for corpus or teacher data: mostly of a repository that comes up only once, generated or reworded,
+        since words that are met again and again are learned by heart, not compared."""
+        share = rng.random()
+        if self.repos or self.questions or share < 0.3:
             return rng.choice(self.tasks("train"))
         root = f"generated:{rng.randrange(10 * INVENTED, 10**9)}"
+        if share < 0.6:
+            root = f"reworded:{rng.randrange(10**9)}:{rng.choice(split_repositories(repositories(None))['train'])}"
         return rng.choice(tasks_of_tree(tree_of(root), root, rng, 1))
 
     def ask_here(self, rng):

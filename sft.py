@@ -1,7 +1,7 @@
 """The supervised stage: base LM, reflector, policy. One loop; data, mask and weights differ.
 
     stage     text                                               loss on                trains
-    base      random play and plain facts, by `negatives.py`     every token            the whole LM
+    base      random play and plain facts, by `negatives.py`     what follows the state the whole LM
     reflect   state -> reflection                                reflection and EOS     LoRA "reflect"
     policy    state, reflection, actions -> label                the label, one token   LoRA "policy"
     plain     state, actions -> label (the ablation)             the label, one token   LoRA "policy"
@@ -410,7 +410,7 @@ def train_tokenizer(texts, size, numbered=()):
 def base_corpus(labels, seed, numbers):
     """The documents of a corpus with these numbers, a function of its arguments alone; the environments take turns.
     `labels`: `{environment: Labels}`."""
-    names = list(labels)
+    names = [name for name in labels for _ in range(getattr(envs.env_class(name), "turns", 1))]
     return [
         negatives.corpus_document(
             functools.partial(envs.make, name := names[i % len(names)]), random.Random(f"{seed}/{i}"), labels[name]
@@ -508,12 +508,16 @@ def reading_accuracy(model, tokenizer, name, states=200, seed=1):
 
 @torch.no_grad()
 def label_accuracy(model, tokenizer, documents):
-    """How often the LM finds the label of the action that a document names: `(right, asked)`."""
+    """How often the LM finds the label of the action that a document names in full: `(right, asked)`."""
     asked = []
-    for document in (document for document in documents if "Now: " in document):
+    for document in documents:
         before, _, after = document.rpartition(ACTION_HEADER)
-        prompt = encode(tokenizer, before + ACTION_HEADER)
-        asked.append((prompt, encode_more(tokenizer, before + ACTION_HEADER, after.partition("\n")[0])))
+        label = after.partition("\n")[0]
+        menu = reversed(before.splitlines())
+        action = next(line for line in menu if line.startswith(f"{label} ")).removeprefix(f"{label} ")
+        if f"Now: {action}." in before:
+            prompt = encode(tokenizer, before + ACTION_HEADER)
+            asked.append((prompt, encode_more(tokenizer, before + ACTION_HEADER, label)))
     ids, mask = collate(asked, model.device)
     best = model(ids, use_cache=False).logits[:, :-1].argmax(-1)
     return ((best == ids[:, 1:]) & mask[:, 1:]).sum().item(), len(asked)
@@ -545,9 +549,11 @@ class BaseCorpus:
         self.labels = {name: Labels(tokenizer, kind) for name, kind in kinds.items()}
 
     def documents(self, seed, numbers):
-        """Token-id pairs (first token, the rest): every token but the first is predicted."""
-        rows = self.tokenizer(base_corpus(self.labels, seed, numbers))["input_ids"]
-        return [(ids[:1], [*ids[1:], self.tokenizer.eos_token_id]) for ids in rows]
+        """Token-id pairs (state, the rest). States are read only: their names and numbers are random, and most of the
+        time goes into the head."""
+        parts = (text.partition(negatives.FACTS_HEADER) for text in base_corpus(self.labels, seed, numbers))
+        pairs = tokenized(self.tokenizer, [(state + header, rest) for state, header, rest in parts], "base")
+        return [(prompt, [*rest, self.tokenizer.eos_token_id]) for prompt, rest in pairs]
 
     def batch_at(self, step):
         """The token-id pairs of an update."""

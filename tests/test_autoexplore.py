@@ -236,6 +236,9 @@ def test_mistakes_where_the_answer_is_are_near_misses():
             env.step(env.actions.index(text))
         assert env.mistakes() == []
     assert near > 25
+    records = negatives.make_records(AutoExplore, 100, 1.0, seed=0)
+    misses = [r for r in records if "that is the wrong file" in r.reflection and "read a file here" in r.reflection]
+    assert len(misses) > 0.03 * len(records), "and they must be made"
 
 
 def test_questions_asked_in_passing_are_about_what_is_near():
@@ -243,7 +246,7 @@ def test_questions_asked_in_passing_are_about_what_is_near():
     env, rng = AutoExplore(), random.Random(0)
     training = {(task["root"], task["question"]): task["targets"] for task in env.tasks("train")}
     inside = real = made_up = 0
-    for _ in range(120):
+    for _ in range(180):
         negatives.random_walk(env, rng, 6)
         root, cwd = env.task["root"], "".join(f"{name}/" for name in env.cwd)
         env.ask_here(rng)
@@ -266,15 +269,37 @@ def test_training_is_on_training_repositories_and_on_new_ones(tmp_path):
     training = {task["root"] for task in env.tasks("train")}
     roots = [env.training_task(rng)["root"] for _ in range(100)]
     new = [root for root in roots if root not in training]
-    assert 30 < len(new) == len(set(new)) < 70
-    assert all(envs.split_of_seed(int(root.removeprefix("generated:"))) == "train" for root in new)
+    assert 50 < len(new) == len(set(new)) < 90
+    reworded = [root.split(":")[2] for root in new if root.startswith("reworded:")]
+    assert len(reworded) > 15 and set(reworded) == {root for root in training if ":" not in root}
+    made_up = [int(root.removeprefix("generated:")) for root in new if root.startswith("generated:")]
+    assert len(made_up) > 25 and all(envs.split_of_seed(seed) == "train" for seed in made_up)
     own = AutoExplore(questions=tmp_path / "own.jsonl")
     write_tasks(env.tasks("train")[:10], tmp_path / "own.jsonl")
     assert {own.training_task(rng)["root"] for _ in range(20)} <= training
     used = []
     env.reset = lambda reset=env.reset, **how: used.append(how["options"]["task"]["root"]) or reset(**how)
     negatives.make_records(lambda: env, 30, 0.5, 0)
-    assert 5 < len(set(used) - training) < 25
+    assert 10 < len(set(used) - training) < 29
+
+
+def test_a_reworded_repository_is_the_same_in_other_words():
+    """Catches words left as they are (they would be learned by heart), words of one family torn apart, other endings of
+    file names, and code that is none any more."""
+    tree, other = envs.tree_of("chess_club"), envs.tree_of("reworded:0:chess_club")
+    assert other == envs.tree_of("reworded:0:chess_club") != envs.tree_of("reworded:1:chess_club")
+    files, others = list(files_of(tree)), list(files_of(other))
+    endings = [sorted(path[-1].rpartition(".")[2] for path, _ in part) for part in (files, others)]
+    assert endings[0] == endings[1]
+    texts = [" ".join(" ".join([*path, text]) for path, text in part) for part in (files, others)]
+    kept = set(envs.words_of(texts[0])) & set(envs.words_of(texts[1])) - envs.KEPT
+    assert len(kept) < 10 and len(envs.words_of(texts[0])) == len(envs.words_of(texts[1]))
+    assert texts[1].count("def ") == texts[0].count("def ") > 2
+    families = [len(envs.stems_of(text)) for text in texts]
+    assert abs(families[0] - families[1]) < 0.05 * families[0]
+    for root in ("reworded:0:..", "reworded:0:no_such_repository", "reworded:x:chess_club"):
+        with pytest.raises(UserError, match="no repository"):
+            envs.tree_of(root)
 
 
 def test_splits_are_disjoint_by_repository_and_by_question():

@@ -86,7 +86,9 @@ def test_counts_of_negatives(share, count):
     for steps in found:
         assert len({step.negative for step in steps}) == 1
         mistakes = sum(step.mistake for step in steps)
-        assert 1 <= mistakes <= 3 if steps[0].negative else mistakes == 0
+        assert bool(mistakes) == steps[0].negative
+    perturbed = [sum(step.mistake for step in steps) for steps in found if steps[0].negative]
+    assert not perturbed or 1.5 < sum(perturbed) / len(perturbed) < 6
 
 
 def test_mistakes_are_made_anywhere(records):

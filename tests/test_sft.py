@@ -390,7 +390,7 @@ def test_reading_accuracy_is_measured(tokenizers, monkeypatch):
 
 def test_labels_are_examined(tokenizers):
     """Catches an exam of another position: a model that always says B behind the header is right on one of two
-    documents, and one that names no action is not asked."""
+    documents; one that names no action, or a verb that several begin with, is not asked about."""
     tokenizer = tokenizers["digit-splitting"]
     b = tokenizer("\nB")["input_ids"][-1]
 
@@ -402,17 +402,23 @@ def test_labels_are_examined(tokenizers):
             logits[..., b] = 1.0
             return type("Output", (), {"logits": logits})
 
-    documents = [f"{fact}\n# Actions:\nA x\nB y\n# Action:\n{label}\nz" for fact, label in
-                 (("Now: x.", "A"), ("Now: y.", "B"), ("Then.", "B"))]  # fmt: skip
+    documents = [f"A is\n{fact}\n# Actions:\nA go x\nB go y\n# Action:\n{label}\nz" for fact, label in
+                 (("Now: go x.", "A"), ("Now: go y.", "B"), ("Then.", "B"), ("Now: go.", "B"))]  # fmt: skip
     assert sft.label_accuracy(SaysB(), tokenizer, documents) == (1, 2)
 
 
 def test_copying_comes_first(tokenizers):
-    """Catches documents before copying is known, no copying among them, and batches that a resumed run sees anew."""
+    """Catches documents before copying is known, no copying among them, batches that a resumed run sees anew, and a
+    loss on the state, which is random."""
     options = argparse.Namespace(seed=0, base_batch=4, copy_steps=2)
     corpus = sft.BaseCorpus(["taxi", "autoexplore"], options, tokenizers["digit-splitting"])
     copies = [[prompt == completion for prompt, completion in corpus.batch_at(step)] for step in range(4)]
     assert copies == [[True] * 16] * 2 + [[True] * 2 + [False] * 4] * 2
+    for prompt, completion in corpus.batch_at(3)[2:]:
+        assert (
+            corpus.tokenizer.decode(prompt).endswith("\n# Facts:\n") and completion[-1] == corpus.tokenizer.eos_token_id
+        )
+        assert corpus.tokenizer.decode(prompt + completion[:-1]).count("# Action:\n") == 1
     assert corpus.batch_at(3) == corpus.batch_at(3) != corpus.batch_at(2)
 
 
@@ -444,3 +450,6 @@ def test_corpus_is_a_function_of_its_numbers():
     letters = {"taxi": lambda actions: (reflect_rl.LABELS, None)}
     assert sft.base_corpus(letters, 0, range(6))[3:] == sft.base_corpus(letters, 0, range(3, 6))
     assert sft.base_corpus(letters, 0, range(3)) != sft.base_corpus(letters, 1, range(3))
+    both = letters | {"autoexplore": letters["taxi"]}
+    asks = ["Question: " in document for document in sft.base_corpus(both, 0, range(6))]
+    assert asks == [False, True, True] * 2, "AutoExplore has two turns"
