@@ -1107,7 +1107,11 @@ class AutoExplore(Env):
     def ask_here(self, rng):
         """Replace the question, for the base LM's corpus: by a training question that is answered near by, or by random
         words of what is seen here and of a file elsewhere. Else random play would nearly always be far from what it
-        was asked about, and "no word", "neither" would be right without reading."""
+        was asked about, and "no word", "neither" would be right without reading. Half of the time a file is read first:
+        to find words in a text is harder than to find them in names, and comes up less often."""
+        files = [i for i, (verb, _) in enumerate(self.moves) if verb == "cat"]
+        if files and self.steps + 1 < self.horizon and rng.random() < 0.5:
+            self.step(rng.choice(files))
         place = [*self.cwd, self.last[1]] if self.last[0] == "cat" and rng.random() < 0.5 else self.cwd
         beginning = "".join(f"{name}/" for name in place)
         here = (task for task in self.tasks("train") if task["root"] == self.task["root"])

@@ -354,7 +354,7 @@ def random_walk(env, rng, length):
             state, info, _ = replay(env, options, history, seed)
     if hasattr(env, "ask_here") and rng.random() < 0.8:
         env.ask_here(rng)
-        state = env.render()
+        state, info = env.render(), env.info()
     return state, info
 
 

@@ -245,11 +245,13 @@ def test_questions_asked_in_passing_are_about_what_is_near():
     """Catches a question of another repository or split, one whose target is the old, and words from nowhere."""
     env, rng = AutoExplore(), random.Random(0)
     training = {(task["root"], task["question"]): task["targets"] for task in env.tasks("train")}
-    inside = real = made_up = 0
+    inside = real = made_up = read = 0
     for _ in range(180):
         negatives.random_walk(env, rng, 6)
         root, cwd = env.task["root"], "".join(f"{name}/" for name in env.cwd)
+        read -= env.last[0] == "cat"
         env.ask_here(rng)
+        read += env.last[0] == "cat"
         assert env.task["root"] == root and env.render().startswith(f"Question: {env.question}\n")
         if (root, env.question) in training:
             real += 1
@@ -259,7 +261,7 @@ def test_questions_asked_in_passing_are_about_what_is_near():
             made_up += 1
             everything = " ".join(f"{' '.join(path)} {text} {env.render()}" for path, text in files_of(env.tree))
             assert set(env.asked()) <= set(envs.spelt_words_of(everything))
-    assert real > 20 and inside > 10 and made_up > 40
+    assert real > 20 and inside > 10 and made_up > 40 and read > 20
 
 
 def test_training_is_on_training_repositories_and_on_new_ones(tmp_path):
