@@ -640,8 +640,8 @@ def add_sft_options(parser):
     group.add_argument(
         "--policy-steps",
         type=int,
-        default=200,
-        help="updates of the policy; few, so that RL has entropy left (default: 200)",
+        default=140,
+        help="updates of the policy; few, so that RL has entropy left (default: 140)",
     )
     group.add_argument("--batch", type=int, default=16, help="examples an update (default: 16)")
     group.add_argument(
