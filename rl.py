@@ -452,6 +452,12 @@ def train(args, sft_adapters):
             unit="update",
             disable=None if rank() == 0 else True,
         )
+        if rank() == 0 and args.eval_every and not started(run):
+            figures = validate(players, make_env, args)
+            log_line(run, **progress, **figures)
+            tqdm.write(
+                f"before any update: valid success {figures['valid_success']:4.0%} of {figures['valid_episodes']}"
+            )
         for step in range(progress["step"], args.updates):
             stage, began = plan[step], time.perf_counter()
             if stage.name != progress["stage"]:
@@ -469,8 +475,7 @@ def train(args, sft_adapters):
             last, stop = step + 1 == args.updates, agreed(stopping)
             if rank() == 0:
                 if last or (args.eval_every and (step + 1) % args.eval_every == 0):
-                    found = evaluation.summary(evaluation.evaluate(players, make_env, "valid", repeats=args.repeats))
-                    figures |= {"valid_success": found["success"], "valid_episodes": found["episodes"]}
+                    figures |= validate(players, make_env, args)
                 report(run, progress, figures, episodes, bar, board, args)
                 if last or stop or (step + 1) % args.save_every == 0:
                     save_checkpoint(
@@ -484,6 +489,16 @@ def train(args, sft_adapters):
         if rank() == 0:
             finish(players, run)
     return run
+
+
+def started(run):
+    """Whether the log has a line already."""
+    return (run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size > 0
+
+
+def validate(players, make_env, args):
+    found = evaluation.summary(evaluation.evaluate(players, make_env, "valid", repeats=args.repeats))
+    return {"valid_success": found["success"], "valid_episodes": found["episodes"]}
 
 
 def play_together(players, make_env, tasks, options, seed, first):

@@ -187,9 +187,9 @@ def run_process(options, adapters, output, code=0, **more):
 
 
 def read_log(run, ignore=("episodes_per_s",)):
-    """The lines of a run's log without the figures that depend on the clock."""
+    """The lines of a run's log, one an update, without the figures that depend on the clock."""
     lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ignore} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ignore} for line in lines if line["step"]]
 
 
 def last_state(run):
