@@ -1471,7 +1471,7 @@ class ALFWorld(Env):
         "labels": "words",
         "trajectories": 1000,
         "reflect_steps": 1500,
-        "policy_steps": 600,
+        "policy_steps": 300,
         "updates": 25,
         "eval_every": 25,
     }
