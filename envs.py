@@ -1471,8 +1471,9 @@ class ALFWorld(Env):
         "labels": "words",
         "trajectories": 1000,
         "reflect_steps": 1500,
-        "policy_steps": 300,
+        "policy_steps": 200,
         "updates": 25,
+        "rl_lr": 2e-3,
         "eval_every": 25,
     }
     counts = {"train": 300, "valid": 10, "test": 20}  # tasks of each of the six types
