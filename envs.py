@@ -794,18 +794,11 @@ def invented(words, rng):
     return word
 
 
+# words that stay in a reworded repository: without them code is no code, and a file not of its kind
 KEPT = {
     *map(str.lower, keyword.kwlist),
     *CODE,
-    "csv",
-    "html",
-    "json",
-    "license",
-    "readme",
-    "toml",
-    "txt",
-    "yaml",
-    "yml",
+    *["csv", "html", "json", "license", "readme", "toml", "txt", "yaml", "yml"],
 }
 
 
@@ -815,6 +808,7 @@ def reworded_tree(seed, name):
 
     Words of one family stay one: where `roast` becomes `gallery`, `roasting` becomes `galling`. So there are as many
     repositories as one likes that are laid out and phrased as people do it, and none that can be learned by heart.
+    An unknown name is a `UserError`.
     """
     rng, others = random.Random(f"reworded {seed} {name}"), {}
 
@@ -832,11 +826,11 @@ def reworded_tree(seed, name):
         return re.sub(r"[A-Z][a-z]{2,}|[a-z]{3,}|[A-Z]{3,}", other, text)
 
     def rewritten(tree):
-        names = {name: reworded(name) for name in tree}
-        clash = len(set(names.values())) < len(names)
+        names = {entry: reworded(entry) for entry in tree}
+        clash = len(set(names.values())) < len(names)  # two names became one: better the old than a file lost
         return {
-            name if clash else names[name]: rewritten(node) if isinstance(node, dict) else reworded(node)
-            for name, node in tree.items()
+            entry if clash else names[entry]: rewritten(node) if isinstance(node, dict) else reworded(node)
+            for entry, node in tree.items()
         }
 
     return rewritten(tree_of(name))

@@ -497,6 +497,7 @@ def started(run):
 
 
 def validate(players, make_env, args):
+    """Success on the validation starts, sampled: `{"valid_success": share, "valid_episodes": count}`."""
     found = evaluation.summary(evaluation.evaluate(players, make_env, "valid", repeats=args.repeats))
     return {"valid_success": found["success"], "valid_episodes": found["episodes"]}
 

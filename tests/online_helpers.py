@@ -4,7 +4,6 @@ Runs start from a fork server that has imported everything once: a process costs
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -13,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from conftest import read_log
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import envs
@@ -184,12 +184,6 @@ def run_process(options, adapters, output, code=0, **more):
 
 # ---------------------------------------------------------------------------------------------------------
 # What a run left
-
-
-def read_log(run, ignore=("episodes_per_s",)):
-    """The lines of a run's log, one an update, without the figures that depend on the clock."""
-    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ignore} for line in lines if line["step"]]
 
 
 def last_state(run):

@@ -415,10 +415,9 @@ def test_copying_comes_first(tokenizers):
     copies = [[prompt == completion for prompt, completion in corpus.batch_at(step)] for step in range(4)]
     assert copies == [[True] * 16] * 2 + [[True] * 2 + [False] * 4] * 2
     for prompt, completion in corpus.batch_at(3)[2:]:
-        assert (
-            corpus.tokenizer.decode(prompt).endswith("\n# Facts:\n") and completion[-1] == corpus.tokenizer.eos_token_id
-        )
-        assert corpus.tokenizer.decode(prompt + completion[:-1]).count("# Action:\n") == 1
+        state, rest = map(corpus.tokenizer.decode, (prompt, completion[:-1]))
+        assert state.endswith("\n# Facts:\n") and (state + rest).count("# Action:\n") == 1
+        assert completion[-1] == corpus.tokenizer.eos_token_id
     assert corpus.batch_at(3) == corpus.batch_at(3) != corpus.batch_at(2)
 
 
