@@ -175,11 +175,21 @@ class LoRALinear(nn.Module):
         self.scale[name] = alpha / r
 
     def forward(self, x):  # (..., in) -> (..., out)
-        y = self.base(x)
         if self.active is None:
-            return y
-        A, B = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
-        return y + self.scale[self.active] * F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
+            return self.base(x)
+        A, B, scale = self.lora_A[self.active], self.lora_B[self.active], self.scale[self.active]
+        if self.merging_pays(x):
+            weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+            return F.linear(x, torch.addmm(weight, B, A, alpha=scale), self.base.bias)
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        return self.base(x) + scale * F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
+
+    def merging_pays(self, x):
+        """Whether W + scale B A, made for this call only, is cheaper than the detour over rank r: where no gradient is
+        wanted, for many tokens. Not in bf16, where a small B A would vanish in W's rounding."""
+        exact = x.dtype == self.base.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        many = x.numel() * (1 + self.out_features / self.in_features) > self.in_features * self.out_features
+        return exact and many and not torch.is_grad_enabled()
 
 
 def lora_layers(model):

@@ -65,6 +65,18 @@ def test_lora_equals_the_merged_weight(base):
     torch.testing.assert_close(logits_of(model, range(5, 60)), logits_of(plain, range(5, 60)), atol=1e-3, rtol=1e-4)
 
 
+def test_play_and_update_agree_on_every_layer(base):
+    """Catches a layer that in play, where its weight is merged for many tokens, is not what the update learns from."""
+    model, _ = with_adapter(base)
+    for layer in reflect_rl.lora_layers(model).values():
+        x = torch.randn(2, 200, layer.in_features)
+        with torch.no_grad():
+            assert layer.merging_pays(x) and not layer.merging_pays(x[:, :1]) and not layer.merging_pays(x.bfloat16())
+            merged = layer(x)
+        assert not layer.merging_pays(x)
+        torch.testing.assert_close(layer(x), merged, atol=1e-4, rtol=1e-5)
+
+
 def test_lora_adapts_every_layer_but_the_head(base):
     """Catches a layer left out: attention and MLP of each of the two blocks; and an adapter on the LM head."""
     model, _ = with_adapter(base)
