@@ -181,8 +181,8 @@ class LoRALinear(nn.Module):
         if self.merging_pays(x):
             weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
             return F.linear(x, torch.addmm(weight, B, A, alpha=scale), self.base.bias)
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        return self.base(x) + scale * F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
+        A, B = scale * A.to(x.dtype), B.to(x.dtype)
+        return self.base(x) + F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
 
     def merging_pays(self, x):
         """Whether W + scale B A, made for this call only, is cheaper than the detour over rank r: where no gradient is
