@@ -630,17 +630,20 @@ def page_numbers(tree, path=()):
     return numbers
 
 
-def pages_of(directory, cwd, hidden=frozenset(), max_actions=26):
-    """The names of a directory, subdirectories first, in pages that leave room for `cd ..` and `more` in the menu."""
-    pages, room = [[]], max_actions - 2
+def pages_of(directory, cwd, hidden=frozenset(), max_actions=26, max_chars=160):
+    """The names of a directory, subdirectories first, in pages that leave room for `cd ..` and `more` in the menu.
+
+    A page has at most `max_chars` characters of names (but one name in any case): a prompt has each several times.
+    """
+    pages, room, chars = [[]], max_actions - 2, max_chars
     for name in sorted(directory, key=lambda name: (not isinstance(directory[name], dict), name)):
         if cwd + (name,) not in hidden:
-            cost = 1 if isinstance(directory[name], dict) else 2  # `cd`; `cat` and `id`
-            if cost > room:
+            cost, length = 1 if isinstance(directory[name], dict) else 2, len(show_name(name))  # `cd`; `cat` and `id`
+            if cost > room or pages[-1] and length > chars:
                 pages.append([])
-                room = max_actions - 2
+                room, chars = max_actions - 2, max_chars
             pages[-1].append(name)
-            room -= cost
+            room, chars = room - cost, chars - length
     return pages
 
 
@@ -899,6 +902,7 @@ class AutoExplore(Env):
         result_tokens=60,
         result_lines=8,
         max_actions=26,
+        max_chars=160,
         generated=100,
         per_file=8,
         shuffle=False,
@@ -908,7 +912,7 @@ class AutoExplore(Env):
             raise UserError(f"AutoExplore needs room for at least 4 actions in the menu, not {max_actions}")
         self.repos, self.questions, self.horizon = repos, questions, horizon
         self.cut = functools.partial(cut_text, max_lines=result_lines, max_tokens=result_tokens, count=count_tokens)
-        self.max_actions, self.generated, self.per_file = max_actions, generated, per_file
+        self.page_size, self.generated, self.per_file = (max_actions, max_chars), generated, per_file
         self.defaults = {"shuffle": shuffle, "leave_out": leave_out}
         self.rng = random.Random()
         self.done = True
@@ -961,7 +965,7 @@ class AutoExplore(Env):
     def enter(self, cwd):
         self.cwd, self.page = cwd, 0
         self.directory = functools.reduce(dict.__getitem__, cwd, self.tree)
-        self.pages = pages_of(self.directory, cwd, self.hidden, self.max_actions)
+        self.pages = pages_of(self.directory, cwd, self.hidden, *self.page_size)
         self.list_moves()
 
     def list_moves(self):

@@ -271,8 +271,19 @@ def held_out(players, records, stage):
     return {"valid_loss": loss, "valid_exact": sum(exact) / len(exact)}
 
 
-def train_stage(stage, args, folder, records, valid, resume=True):
-    """Train one adapter on teacher records and write it to `folder` (PEFT's format); does nothing where it is done."""
+def check_lengths(pairs, players, stage):
+    longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    if longest > players.context:
+        raise UserError(
+            f"stage {stage}: an example of {longest} tokens exceeds the model's context of {players.context}"
+        )
+
+
+def train_stage(stage, args, folder, records, valid, resume=True, stages=()):
+    """Train one adapter on teacher records and write it to `folder` (PEFT's format); does nothing where it is done.
+
+    `stages` are those still to come: what they cannot be trained on is said now.
+    """
     if (folder / "adapter_config.json").is_file():
         return print(f"{folder}: done already")
     name = "reflect" if stage == "reflect" else "policy"
@@ -301,10 +312,12 @@ def train_stage(stage, args, folder, records, valid, resume=True):
     players = Players(model, tokenizer, bf16=args.bf16, max_reflection=args.max_reflection, labels=args.labels)
     for actions in {tuple(record.actions) for record in records}:
         players.label_ids(actions)  # too few labels: better said before any training
+    for later in stages:
+        texts = negatives.sft_examples(records, later, players.labels)
+        texts = sorted(texts, key=lambda example: -len("".join(example)))[:64]
+        check_lengths(tokenized(tokenizer, texts, later), players, later)
     pairs = tokenized(tokenizer, negatives.sft_examples(records, stage, players.labels), stage)
-    longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    if longest > players.context:
-        raise UserError(f"an example of {longest} tokens exceeds the model's context of {players.context}")
+    check_lengths(pairs, players, stage)
     sample = random.Random(0).sample(valid, min(len(valid), 128))
     fit(
         model,
@@ -355,8 +368,8 @@ def sft_run(args, stages):
         for split, path in paths.items()
     }
     print(f"{folder}: {len(data['train'])} steps of {args.trajectories} trajectories, {args.negatives:.0%} perturbed")
-    for stage in stages:
-        train_stage(stage, args, folder / stage, data["train"], data["valid"])
+    for i, stage in enumerate(stages):
+        train_stage(stage, args, folder / stage, data["train"], data["valid"], stages=stages[i + 1 :])
     return folder
 
 

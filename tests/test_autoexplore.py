@@ -22,7 +22,7 @@ def play(env, task, choose, **options):
     state, info = env.reset(seed=1, options={"task": task} | options)
     states, taken, over = [state], [], False
     while not over:
-        assert info["actions"] and len(set(info["actions"])) == len(info["actions"]) <= env.max_actions
+        assert info["actions"] and len(set(info["actions"])) == len(info["actions"]) <= env.page_size[0]
         assert "\n" not in "".join(info["actions"])
         action = choose(env)
         taken.append(info["actions"][action])
@@ -137,6 +137,16 @@ def test_pages_show_every_entry_exactly_once(tmp_path):
     assert len(shown) == len(set(shown)) == 9 + 2 * 40
     while not env.success:
         env.step(env.expert_action())
+
+
+def test_pages_have_a_limit_of_characters():
+    """Bug: a package's long names, each several times in a prompt, exceed the context. No name is split or lost."""
+    names = [f"{'long_name_' * (i % 5)}{i}.py" for i in range(30)] + ["x" * 200]
+    pages = envs.pages_of(dict.fromkeys(names, "text"), (), max_actions=100, max_chars=160)
+    assert sorted(name for page in pages for name in page) == sorted(names)
+    assert all(sum(map(len, page)) <= 160 or page == ["x" * 200] for page in pages) and 3 < len(pages) < 10
+    full = [sum(map(len, page)) + len(after[0]) for page, after in zip(pages, pages[1:], strict=False)]
+    assert all(chars > 160 for chars in full), "a page is begun although the last one has room"
 
 
 def test_results_are_cut_by_lines_and_by_tokens_and_say_so():

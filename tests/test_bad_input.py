@@ -1,6 +1,7 @@
 """Bad input: one clear line on stderr, exit code 2, no traceback, and nothing lost."""
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -232,6 +233,16 @@ def test_bad_data_set(kind, words, refused, tmp_path, bases):
     before = path.read_bytes() if path.exists() else None
     assert words in refused(sft, *tiny_options(bases["gpt2"], tmp_path / "runs"), "--data", path)
     assert not list(tmp_path.rglob("adapter*")) and (before is None or path.read_bytes() == before)
+
+
+def test_an_example_too_long_for_a_later_stage(refused, tmp_path, bases):
+    """Catches a training of `plain`, which has no reflections, that ends in an error about those of `reflect`."""
+    records = negatives.make_records(Corridor, 4, 0.5, seed=0)
+    long = dataclasses.replace(records[-1], reflection="a word " * 2000)
+    negatives.write_records([*records, long], tmp_path / "data.jsonl")
+    said = refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path / "runs"), "--data", tmp_path / "data.jsonl")
+    assert "stage reflect" in said and "exceeds the model's context" in said
+    assert not list(tmp_path.rglob("adapter*"))
 
 
 def test_environment_without_teacher(refused, tmp_path, bases):
