@@ -630,15 +630,20 @@ def page_numbers(tree, path=()):
     return numbers
 
 
-def pages_of(directory, cwd, hidden=frozenset(), max_actions=26, max_chars=160):
+PAGE_ACTIONS, PAGE_CHARS = 26, 160  # of a listing: moves in its menu, characters of names
+
+
+def pages_of(directory, cwd, hidden=frozenset(), max_actions=PAGE_ACTIONS, max_chars=PAGE_CHARS):
     """The names of a directory, subdirectories first, in pages that leave room for `cd ..` and `more` in the menu.
 
-    A page has at most `max_chars` characters of names (but one name in any case): a prompt has each several times.
+    A page has at most `max_chars` characters of names (but one name in any case): a prompt has each up to five times
+    (listing, seen, reflection, `cat`, `id`), and has to fit the context.
     """
     pages, room, chars = [[]], max_actions - 2, max_chars
     for name in sorted(directory, key=lambda name: (not isinstance(directory[name], dict), name)):
         if cwd + (name,) not in hidden:
-            cost, length = 1 if isinstance(directory[name], dict) else 2, len(show_name(name))  # `cd`; `cat` and `id`
+            cost = 1 if isinstance(directory[name], dict) else 2  # `cd`; `cat` and `id`
+            length = len(show_name(name))
             if cost > room or pages[-1] and length > chars:
                 pages.append([])
                 room, chars = max_actions - 2, max_chars
@@ -873,7 +878,7 @@ class AutoExplore(Env):
     ours sees what it has seen of the directory it is in, so that equal situations are equal texts.
 
     `repos`: a directory of yours instead of data/repos; `questions`: a JSONL file of tasks instead of generated ones;
-    `per_file`: most questions a file (of the `generated` repositories' files, which are many, one each).
+    `max_actions`, `max_chars`: the size of a page of a listing; `per_file`: most questions a file (of the `generated` repositories' files, which are many, one each).
     Reset options: `task`, `shuffle` (the menu in random order), `leave_out` (probability that a file that is not a
     target is hidden).
     """
@@ -901,8 +906,8 @@ class AutoExplore(Env):
         count_tokens=count_tokens,
         result_tokens=60,
         result_lines=8,
-        max_actions=26,
-        max_chars=160,
+        max_actions=PAGE_ACTIONS,
+        max_chars=PAGE_CHARS,
         generated=100,
         per_file=8,
         shuffle=False,

@@ -272,6 +272,7 @@ def held_out(players, records, stage):
 
 
 def check_lengths(pairs, players, stage):
+    """A `UserError` where a `(prompt ids, completion ids)` has more tokens than the model's context."""
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
     if longest > players.context:
         raise UserError(
@@ -279,10 +280,10 @@ def check_lengths(pairs, players, stage):
         )
 
 
-def train_stage(stage, args, folder, records, valid, resume=True, stages=()):
+def train_stage(stage, args, folder, records, valid, resume=True, later=()):
     """Train one adapter on teacher records and write it to `folder` (PEFT's format); does nothing where it is done.
 
-    `stages` are those still to come: what they cannot be trained on is said now.
+    `later` names the stages still to come: what they cannot be trained on is said before this one is trained.
     """
     if (folder / "adapter_config.json").is_file():
         return print(f"{folder}: done already")
@@ -312,10 +313,9 @@ def train_stage(stage, args, folder, records, valid, resume=True, stages=()):
     players = Players(model, tokenizer, bf16=args.bf16, max_reflection=args.max_reflection, labels=args.labels)
     for actions in {tuple(record.actions) for record in records}:
         players.label_ids(actions)  # too few labels: better said before any training
-    for later in stages:
-        texts = negatives.sft_examples(records, later, players.labels)
-        texts = sorted(texts, key=lambda example: -len("".join(example)))[:64]
-        check_lengths(tokenized(tokenizer, texts, later), players, later)
+    for coming in later:  # the most characters stand for the most tokens; each stage counts all of its own
+        texts = sorted(negatives.sft_examples(records, coming, players.labels), key=lambda e: -len("".join(e)))
+        check_lengths(tokenized(tokenizer, texts[:64], coming), players, coming)
     pairs = tokenized(tokenizer, negatives.sft_examples(records, stage, players.labels), stage)
     check_lengths(pairs, players, stage)
     sample = random.Random(0).sample(valid, min(len(valid), 128))
@@ -369,7 +369,7 @@ def sft_run(args, stages):
     }
     print(f"{folder}: {len(data['train'])} steps of {args.trajectories} trajectories, {args.negatives:.0%} perturbed")
     for i, stage in enumerate(stages):
-        train_stage(stage, args, folder / stage, data["train"], data["valid"], stages=stages[i + 1 :])
+        train_stage(stage, args, folder / stage, data["train"], data["valid"], later=stages[i + 1 :])
     return folder
 
 
