@@ -878,7 +878,8 @@ class AutoExplore(Env):
     ours sees what it has seen of the directory it is in, so that equal situations are equal texts.
 
     `repos`: a directory of yours instead of data/repos; `questions`: a JSONL file of tasks instead of generated ones;
-    `max_actions`, `max_chars`: the size of a page of a listing; `per_file`: most questions a file (of the `generated` repositories' files, which are many, one each).
+    `max_actions`, `max_chars`: the size of a page of a listing; `per_file`: most questions a file (of the `generated`
+    repositories' files, which are many, one each).
     Reset options: `task`, `shuffle` (the menu in random order), `leave_out` (probability that a file that is not a
     target is hidden).
     """
