@@ -939,7 +939,8 @@ class AutoExplore(Env):
         return parts[split.removesuffix("_seen")]
 
     def groups(self, task):
-        origin = "generated" if task["root"].startswith("generated:") else "written"
+        root = task["root"]
+        origin = "generated" if root.startswith("generated:") else "your own" if os.path.isabs(root) else "written"
         return *((f"depth {task['depth']}",) if "depth" in task else ()), f"{origin} repository"
 
     def reset(self, *, seed=None, options=None):

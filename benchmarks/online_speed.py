@@ -6,7 +6,8 @@
    one environment at a time, which is how the shortest scripts do it. Both play greedily with the same prompts, so all
    play the same episodes: the table says how many of their steps agree. "memo warm" is the steady state of a
    training: every state has been reflected on before, and the policy has just changed, so that no action's probability
-   is known yet. "memo off" forgets both at every turn: only equal states of one turn share them.
+   is known yet. "memo off" forgets both at every turn: only equal states of one turn share them. "decoding free" has
+   the reflections from the memo but reads the reflector's prompts all the same: no decoder gets further without a memo.
 2. The update: forward and backward of the policy-gradient loss on the steps that were played, by `Learner.minibatch`
    (the head at one position, label rows only, equal prompts once), against full-vocabulary logits at every position
    of every prompt. Also with equal prompts removed from the plain one, which leaves the cost of the logits alone.
@@ -107,6 +108,18 @@ def forgetful(players):
     return act
 
 
+def given_the_texts(players):
+    """The players with no score remembered, who read both prompts of every turn but need not write the reflections."""
+
+    def act(states, actions, envs):
+        players.known.clear()
+        with torch.no_grad():
+            players.features([reflector_prompt(state) for state in states], "reflect")
+        return players(states, actions, envs)
+
+    return act
+
+
 def timed(run):
     began = time.perf_counter()
     return run(), time.perf_counter() - began
@@ -128,6 +141,8 @@ def rollouts(players, make_env, tasks, batch, single):
     players.clear_memo()
     players.known.clear()
     rows.append(("ours, memo cold", *timed(lambda: play(players, make_env, tasks, greedy=True, batch=batch))))
+    free = timed(lambda: play(given_the_texts(players), make_env, tasks, greedy=True, batch=batch))
+    rows.append(("ours, memo off, decoding free", *free))
     players.known.clear()
     rows.append(("ours, memo warm", *timed(lambda: play(players, make_env, tasks, greedy=True, batch=batch))))
     return rows

@@ -399,6 +399,7 @@ def test_any_directory_works(tmp_path):
     env = AutoExplore(repos=str(tmp_path))
     roots = [{task["root"] for task in env.tasks(split)} for split in ("train", "test")]
     assert roots[0] and roots[1] and not roots[0] & roots[1]
+    assert {env.groups(task)[-1] for task in env.tasks("test")} == {"your own repository"}
     single = AutoExplore(repos=str(tmp_path / "one"))  # one repository: split by question
     questions = [[task["question"] for task in single.tasks(split)] for split in ("train", "test")]
     assert all(questions) and not set(questions[0]) & set(questions[1])
