@@ -15,6 +15,7 @@ import json
 import math
 import random
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -160,7 +161,7 @@ def plain_adapters(run):
 
 
 def plot(args):
-    """Success of all RL runs over training episodes, to the file `args.plot`; seeds share a colour."""
+    """Success of all RL runs over training episodes, to the file `args.plot`: the mean of the seeds, thinly each."""
     try:
         import matplotlib
 
@@ -168,16 +169,20 @@ def plot(args):
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("plots need matplotlib: pip install matplotlib") from None
-    figure, axes = plt.subplots(figsize=(7, 4))
-    colours = {}
+    curves = {}  # kind of run -> the points of its seeds
     for log in sorted(Path(args.runs).glob(f"{short_name(args.env)}-rl*/log.jsonl")):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        points = [(line["episodes"], line["valid_success"]) for line in lines if "valid_success" in line]
+        points = {line["episodes"]: line["valid_success"] for line in lines if "valid_success" in line}
         if points:
-            kind = re.sub(r"-s\d+$", "", log.parent.name)
-            style = {"color": colours[kind]} if kind in colours else {"label": kind}
-            [line] = axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, **style)
-            colours[kind] = line.get_color()
+            curves.setdefault(re.sub(r"-s\d+$", "", log.parent.name), []).append(points)
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for kind, seeds in curves.items():
+        shared = sorted(set.intersection(*map(set, seeds)))
+        mean = [statistics.fmean(points[at] for points in seeds) for at in shared]
+        label = f"{kind}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        [line] = axes.plot(shared, mean, marker="o", markersize=3, label=label)
+        for points in seeds:
+            axes.plot(points.keys(), points.values(), color=line.get_color(), linewidth=0.7, alpha=0.35)
     axes.set(xlabel="training episodes", ylabel="success on the validation starts (sampled)", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

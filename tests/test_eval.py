@@ -208,10 +208,10 @@ def test_plot(tmp_path, monkeypatch):
 
     drawn, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
-    lines = [{"step": i, "episodes": 8 * i} | ({"valid_success": i / 10} if i % 2 else {}) for i in range(1, 6)]
-    for name in ("corridor-rl-s0", "corridor-rl-s1", "corridor-rl-ppo-s0"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, success, last in (("-s0", 0.1, 6), ("-s1", 0.2, 4), ("-ppo-s0", 0.3, 6)):
+        lines = [{"step": i, "episodes": 8 * i} | ({"valid_success": success} if i % 2 else {}) for i in range(1, last)]
+        (tmp_path / f"corridor-rl{name}").mkdir()
+        (tmp_path / f"corridor-rl{name}" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run_script(
         evaluation,
         "--env",
@@ -224,9 +224,12 @@ def test_plot(tmp_path, monkeypatch):
     )
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     [axes] = drawn[0].axes
-    ppo, first, second = [line.get_color() for line in axes.lines]
-    assert ppo != first == second and [len(line.get_xdata()) for line in axes.lines] == [3, 3, 3]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["corridor-rl-ppo", "corridor-rl"]
+    ppo, mean, first, second = axes.lines[0], *axes.lines[2:]
+    assert ppo.get_color() != mean.get_color() == first.get_color() == second.get_color()
+    assert list(mean.get_xdata()) == [8, 24] and list(mean.get_ydata()) == pytest.approx([0.15, 0.15])
+    assert [list(line.get_xdata()) for line in (first, second)] == [[8, 24, 40], [8, 24]]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["corridor-rl-ppo, 1 seed", "corridor-rl, 2 seeds"]
 
 
 def test_groups_are_reported_apart(capsys):
