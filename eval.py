@@ -171,7 +171,7 @@ def plot(args):
         raise UserError("plots need matplotlib: pip install matplotlib") from None
     curves = {}  # kind of run -> the points of its seeds
     for log in sorted(Path(args.runs).glob(f"{short_name(args.env)}-rl*/log.jsonl")):
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]  # or half written
         points = {line["episodes"]: line["valid_success"] for line in lines if "valid_success" in line}
         if points:
             curves.setdefault(re.sub(r"-s\d+$", "", log.parent.name), []).append(points)

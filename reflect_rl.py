@@ -347,7 +347,7 @@ class Players:
     def clear_memo(self):
         """Forget all reflections: call it when the reflector has changed."""
         self.memo = collections.OrderedDict()
-        self.hits = self.misses = self.cuts = 0
+        self.counts = collections.Counter(hits=0, misses=0, cuts=0)  # of reflections: known, written, cut off
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -422,7 +422,7 @@ class Players:
         if self.reflect_temperature > 0:
             return self.generate([reflector_prompt(state) for state in states])
         new = [state for state in dict.fromkeys(states) if state not in self.memo]
-        self.misses, self.hits = self.misses + len(new), self.hits + len(states) - len(new)
+        self.counts.update(misses=len(new), hits=len(states) - len(new))
         fresh = self.generate([reflector_prompt(state) for state in new]) if new else []
         known = {state: self.memo[state] for state in states if state in self.memo} | dict(zip(new, fresh, strict=True))
         self.memo.update(zip(new, fresh, strict=True))
@@ -457,7 +457,7 @@ class Players:
                 written[row].append(t)
             ids, positions = token[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        self.cuts += len(rows)
+        self.counts["cuts"] += len(rows)
         cut = set(rows.tolist())
         return [self.close(self.tokenizer.decode(tokens), row in cut) for row, tokens in enumerate(written)]
 
@@ -552,9 +552,9 @@ def play(actor, make_env, tasks, *, options=None, seed=0, greedy=False, batch=64
                     info["actions"],
                     action,
                     row[action],
-                    reward,
-                    terminated,
-                    truncated,
+                    float(reward),
+                    bool(terminated),
+                    bool(truncated),
                     bool(new_info["success"]),
                 )
             )
@@ -645,9 +645,11 @@ def parse_args(parser):
     args = parser.parse_args()
     args.env_option += [(key, os.path.abspath(path)) for key in ("repos", "games") if (path := getattr(args, key))]
     counts = ("updates", "episodes", "save_every", "keep", "micro_batch", "trajectories", "batch", "rank", "repeats")
-    for key in counts:
-        if getattr(args, key, 1) < 1:
-            raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
+    least = dict.fromkeys((*counts, "group", "epochs", "minibatches"), 1)
+    least |= dict.fromkeys(("replay", "replay_buffer", "warmup", "eval_every", "show_every"), 0)
+    for key, least_value in least.items():
+        if (value := getattr(args, key, None)) is not None and value < least_value:
+            raise UserError(f"--{key.replace('_', '-')} must be at least {least_value}, not {value}")
     try:
         device = torch.device(args.device)
     except RuntimeError:
@@ -735,7 +737,7 @@ def join_processes(args):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world()))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world()))))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -780,7 +782,7 @@ def save_checkpoint(run, step, write, keep=2):
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot save {final}: {str(error).splitlines()[0]}; older checkpoints are untouched") from None
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(run):
@@ -809,7 +811,7 @@ def open_run(run, config, resume=False):
             + ", ".join(f"{k} {old.get(k)!r}, now {config[k]!r}" for k in changed)
         )
     newest = checkpoints(run)[-1] if checkpoints(run) else None
-    step = int(newest.name[5:]) if newest else 0
+    step = int(newest.name[5:]) if newest else -1
     log = run / "log.jsonl"
     if log.exists():  # a killed process may have left half a line, and lines behind the checkpoint
         lines = [
@@ -822,8 +824,9 @@ def open_run(run, config, resume=False):
 
 
 @contextlib.contextmanager
-def lock_run(run):
-    """Hold a run: a second process that wants it gets an error. The lock goes with its process, however that ends."""
+def lock_run(run, wait=False):
+    """Hold a run: a second process that wants it gets an error, or waits. The lock goes with its process, however that
+    ends."""
     import fcntl
 
     make_folder(run)
@@ -831,7 +834,10 @@ def lock_run(run):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another process is writing {run}") from None
+            if not wait:
+                raise UserError(f"another process is writing {run}") from None
+            print(f"another process is writing {run}: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

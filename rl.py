@@ -24,6 +24,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import os
 import random
 import signal
 import sys
@@ -107,7 +108,7 @@ def group_advantages(returns, groups, leave_one_out):
         members[group].append(episode)
     advantages = [0.0] * len(returns)
     for group in members.values():
-        values = torch.tensor([returns[i] for i in group])
+        values = torch.tensor([returns[i] for i in group], dtype=torch.float64)
         if len(group) > 1:
             centered = values - values.mean()
             found = centered * len(group) / (len(group) - 1) if leave_one_out else centered / (values.std() + 1e-4)
@@ -175,13 +176,15 @@ class Batch:
     action: torch.Tensor
     old_log_prob: torch.Tensor
     advantage: torch.Tensor
-    replayed: torch.Tensor  # whether a step was played by an earlier policy
     returns: torch.Tensor | None = None  # the critic's targets
     old_value: torch.Tensor | None = None
 
 
 def make_batch(learner, fresh, args, replayed=()):
-    """Prompts, actions and advantages of the fresh episodes and of those that are replayed."""
+    """Prompts, actions and advantages of the fresh episodes and of those that are replayed.
+
+    These were played by earlier policies mu: their advantages are weighted by min(1, pi / mu), pi being the policy now.
+    """
     episodes = [*fresh, *replayed]
     steps = [step for episode in episodes for step in episode.steps]
     prompts = [learner.players.prompt(step.state, step.reflection, step.actions) for step in steps]
@@ -199,16 +202,15 @@ def make_batch(learner, fresh, args, replayed=()):
     advantage = torch.tensor(advantage)
     if args.algo != "grpo":  # GRPO's are standardised by group
         advantage = (advantage - advantage.mean() * (args.algo == "ppo")) / (advantage.std(correction=0) + 1e-6)
-    return Batch(
-        prompts,
-        [learner.players.label_ids(step.actions) for step in steps],
-        torch.tensor([step.action for step in steps]),
-        torch.tensor([step.log_prob for step in steps]),
-        advantage,
-        torch.arange(len(steps)) >= sum(len(episode.steps) for episode in fresh),
-        returns,
-        values,
-    )
+    menus = [learner.players.label_ids(step.actions) for step in steps]
+    action = torch.tensor([step.action for step in steps])
+    old_log_prob = torch.tensor([step.log_prob for step in steps])
+    if replayed:
+        old = slice(sum(len(episode.steps) for episode in fresh), None)
+        now = learner.log_prob(prompts[old], menus[old], action[old])
+        advantage[old] *= (now - old_log_prob[old]).exp().clamp(max=1.0)
+        old_log_prob[old] = now
+    return Batch(prompts, menus, action, old_log_prob, advantage, returns, values)
 
 
 def critic_advantages(learner, episodes, prompts, args):
@@ -260,6 +262,7 @@ class Learner:
         self.peak = [group["lr"] for group in groups]
         self.buffer = collections.deque(maxlen=args.replay_buffer)  # successes, if they are replayed
         self.skipped = self.skipped_in_a_row = 0
+        self.elsewhere = collections.Counter()  # `players.counts` of the other ranks
 
     @torch.no_grad()
     def values(self, prompts):
@@ -268,6 +271,15 @@ class Learner:
         return torch.cat(
             [self.critic(self.players.features(prompts[i : i + size])).cpu() for i in range(0, len(prompts), size)]
         )
+
+    @torch.no_grad()
+    def log_prob(self, prompts, menus, action):
+        """log pi of the actions taken, (N,) on the CPU."""
+        size, found = self.args.micro_batch, []
+        for i in range(0, len(prompts), size):
+            log_probs = self.players.log_probs(prompts[i : i + size], menus[i : i + size]).cpu()  # (M, A)
+            found.append(log_probs.gather(1, action[i : i + size, None])[:, 0])
+        return torch.cat(found)
 
     def final_prompts(self, episodes):
         """The prompts that would have come next where the horizon cut an episode off."""
@@ -290,7 +302,7 @@ class Learner:
                 norm = self.minibatch(batch, order[start : start + size], args.entropy * left, sums)
                 sums["grad_norm"] += norm
                 sums["gradient_steps"] += 1
-            approx_kl = self.approx_kl(batch, [i for i in order if not batch.replayed[i]][:128])
+            approx_kl = from_first(lambda some=order[:128]: self.approx_kl(batch, some))
             if args.target_kl and approx_kl > 1.5 * args.target_kl:
                 break
         sums = summed(sums)
@@ -344,9 +356,8 @@ class Learner:
         ratio = (log_prob.detach() - old).exp()
         if args.algo in ("ppo", "grpo"):
             loss = ppo_loss(log_prob, old, advantage, mask, args.clip_ratio)
-        else:  # the weight is 1 for fresh steps, and min(1, pi/mu) for replayed ones
-            weight = torch.where(on_device(batch.replayed), ratio.clamp(max=1.0), 1.0)
-            loss = policy_gradient_loss(log_prob, advantage * weight, mask)
+        else:
+            loss = policy_gradient_loss(log_prob, advantage, mask)
         bits = entropy(log_probs)
         loss = loss - entropy_bonus * bits.mean()
         sums["steps"] += len(part)
@@ -364,11 +375,10 @@ class Learner:
             )
         return loss
 
-    @torch.no_grad()
     def approx_kl(self, batch, some):
         """KL(before || after the update) in nats: the mean of ratio - 1 - log ratio over some steps (Schulman 2020)."""
-        log_probs = self.players.log_probs([batch.prompts[i] for i in some], [batch.menus[i] for i in some]).cpu()
-        log_ratio = log_probs.gather(1, batch.action[some][:, None])[:, 0] - batch.old_log_prob[some]
+        now = self.log_prob([batch.prompts[i] for i in some], [batch.menus[i] for i in some], batch.action[some])
+        log_ratio = now - batch.old_log_prob[some]
         return (log_ratio.exp() - 1 - log_ratio).mean().item()
 
     def state(self):
@@ -378,7 +388,7 @@ class Learner:
             "critic": self.critic.state_dict() if self.critic else None,
             "buffer": [dataclasses.asdict(episode) for episode in self.buffer],
             "skipped": [self.skipped, self.skipped_in_a_row],
-            "counts": [self.players.hits, self.players.misses, self.players.cuts],
+            "counts": dict(self.players.counts + self.elsewhere),
             "memo": dict(self.players.memo),
         }  # texts, not to be made again: other batch mates might round differently
 
@@ -388,7 +398,8 @@ class Learner:
             self.critic.load_state_dict(state["critic"])
         self.buffer.extend(Episode(**(e | {"steps": tuple(Step(**s) for s in e["steps"])})) for e in state["buffer"])
         self.skipped, self.skipped_in_a_row = state["skipped"]
-        self.players.hits, self.players.misses, self.players.cuts = state["counts"]
+        if rank() == 0:  # they are those of all ranks together
+            self.players.counts.update(state["counts"])
         self.players.memo.update(state["memo"])
 
 
@@ -421,7 +432,9 @@ def start_run(args, run, sft_adapters):
         "data",
         "split",
         "show_every",
+        "save_every",
         "keep",
+        "tensorboard",
     )  # may differ on resume
     config = {key: value for key, value in vars(args).items() if key not in where}
     checkpoint = from_first(lambda: open_run(run, config, args.resume))
@@ -433,7 +446,7 @@ def start_run(args, run, sft_adapters):
     learner = Learner(players, args)
     if not checkpoint:
         return players, learner, {"step": 0, "episodes": 0, "stage": ""}
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     learner.load_state(state)
     return players, learner, {key: state[key] for key in ("step", "episodes", "stage")}
 
@@ -443,7 +456,7 @@ def train(args, sft_adapters):
     run, make_env = Path(args.runs) / run_name(args), env_factory(args)
     with lock_run(run) if rank() == 0 else contextlib.nullcontext(), stop_signals() as stopping:
         players, learner, progress = start_run(args, run, sft_adapters)
-        env, board = make_env(), tensorboard(run, args)
+        env, board = make_env(), tensorboard(run, args, progress["episodes"])
         plan, tasks = curriculum.schedule(curriculum.stages_of(env, args.curriculum), args.updates), env.tasks("train")
         bar = tqdm(
             total=args.updates,
@@ -452,7 +465,7 @@ def train(args, sft_adapters):
             unit="update",
             disable=None if rank() == 0 else True,
         )
-        if rank() == 0 and args.eval_every and not started(run):
+        if rank() == 0 and args.eval_every and not progress["step"]:
             figures = validate(players, make_env, args)
             log_line(run, **progress, **figures)
             tqdm.write(
@@ -471,7 +484,7 @@ def train(args, sft_adapters):
             figures = learner.update(batch, step, left=1 - step / args.updates)
             learner.buffer.extend(episode for episode in episodes if args.replay and episode.success)
             progress = {"step": step + 1, "episodes": progress["episodes"] + len(episodes), "stage": stage.name}
-            figures = summarise(players, episodes, figures, time.perf_counter() - began)
+            figures = summarise(learner, episodes, figures, time.perf_counter() - began)
             last, stop = step + 1 == args.updates, agreed(stopping)
             if rank() == 0:
                 if last or (args.eval_every and (step + 1) % args.eval_every == 0):
@@ -485,15 +498,14 @@ def train(args, sft_adapters):
                         keep=args.keep,
                     )
             if stop:
+                if world() > 1:
+                    dist.barrier()  # rank 0 may still be saving, and torchrun kills the others when one leaves
                 sys.exit(f"stopped after update {step + 1}; go on with --resume")
         if rank() == 0:
             finish(players, run)
+        if stopping:
+            sys.exit(f"{run} is trained; --resume evaluates it")
     return run
-
-
-def started(run):
-    """Whether the log has a line already."""
-    return (run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size > 0
 
 
 def validate(players, make_env, args):
@@ -518,11 +530,12 @@ def replayed(learner, args, step):
     return random.Random(f"{args.seed}/replay/{step}").sample(list(learner.buffer), count)
 
 
-def summarise(players, episodes, figures, seconds):
-    """The figures of an update; each is of the whole batch of fresh episodes."""
+def summarise(learner, episodes, figures, seconds):
+    """The figures of an update; success, return, length and failures are those of the whole batch of fresh episodes."""
     found = evaluation.summary(episodes)
     kept = {key: found[key] for key in ("success", "return", "length", "failed")}
-    seen = summed(collections.Counter(hits=players.hits, misses=players.misses, cuts=players.cuts))
+    seen = summed(learner.players.counts)
+    learner.elsewhere = seen - learner.players.counts
     return (
         kept
         | figures
@@ -550,6 +563,7 @@ def report(run, progress, figures, episodes, bar, board, args):
     if board:
         for key, value in figures.items():
             board.add_scalar(key, value, progress["episodes"])
+        board.flush()
     if "valid_success" in figures:
         tqdm.write(
             f"update {step:4} {progress['stage']:8} training success {figures['success']:4.0%}, "
@@ -588,25 +602,26 @@ def finish(players, run):
         raise UserError(f"cannot save the final adapters in {run}: {error}; the last checkpoint is good") from None
 
 
-def tensorboard(run, args):
+def tensorboard(run, args, episodes):
     if not args.tensorboard or rank():
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs it: pip install tensorboard") from None
-    return SummaryWriter(run / "tensorboard")
+    return SummaryWriter(run / "tensorboard", purge_step=episodes + 1)  # a resumed run takes back what was not saved
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that is filled by the first SIGINT or SIGTERM: finish the update, save, leave. The second one is final."""
+    """A list that is filled by the first SIGINT or SIGTERM: finish the update, save, leave. One more is final, but for
+    the echo of the first: torchrun passes on a signal that its children have had already."""
     received, before = [], {}
 
     def note(number, frame):
-        if received:
+        if received and time.monotonic() > received[0] + 1:
             sys.exit(130)
-        received.append(number)
+        received.append(time.monotonic())
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, note)
@@ -619,11 +634,7 @@ def stop_signals():
 
 def agreed(stopping):
     """Whether any rank was asked to stop."""
-    flag = torch.tensor(len(stopping))
-    if world() > 1:
-        flag = flag.cuda() if dist.get_backend() == "nccl" else flag
-        dist.all_reduce(flag)
-    return bool(flag)
+    return summed(collections.Counter(stop=len(stopping)))["stop"] > 0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -711,10 +722,11 @@ def resolve(args):
         raise UserError(f"{args.algo} is on-policy: one gradient step a batch; ppo and grpo take several")
     if args.replay and grouped:
         raise UserError(f"{args.algo} compares episodes of one task; --replay goes with reinforce and ppo")
-    if grouped and args.group < 2 or args.episodes % args.group:
-        raise UserError(
-            f"--group {args.group}: {args.algo} needs groups of at least 2 that divide --episodes {args.episodes}"
-        )
+    if grouped and args.group < 2 or args.episodes < 2 and args.algo == "reinforce":
+        what = "group" if grouped else "episodes"
+        raise UserError(f"{args.algo} compares episodes: --{what} must be at least 2, not {getattr(args, what)}")
+    if args.episodes % args.group:
+        raise UserError(f"--episodes {args.episodes} cannot be divided into groups of {args.group} (--group)")
 
 
 def main():
@@ -725,12 +737,10 @@ def main():
     evaluation.add_panel_options(parser.add_argument_group("evaluation"))
     args = parse_args(parser)
     resolve(args)
-    join_processes(args)
     start = sft.sft_folder(args)
-    if rank() == 0:
+    if os.environ.get("RANK", "0") == "0":  # torchrun: the other processes wait for this one
         sft.sft_run(args, ["plain", "reflect", "policy"] if args.reflection else ["plain"])
-    if world() > 1:
-        dist.barrier()
+    join_processes(args)
     run = train(args, find_adapters(start) if args.reflection else evaluation.plain_adapters(start))
     if rank() == 0:
         rows = [

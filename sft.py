@@ -46,6 +46,7 @@ from reflect_rl import (
     from_first,
     join_processes,
     load_base,
+    lock_run,
     log_line,
     open_run,
     parse_args,
@@ -140,7 +141,7 @@ def training_state(step, losses, parameters, optimizers):
 
 def restore(checkpoint, parameters, optimizers):
     """Put a checkpoint's weights and optimizer state in place; returns `(step, last losses)`."""
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     with torch.no_grad():
@@ -357,19 +358,22 @@ def sft_run(args, stages):
         "policy_steps",
         "labels",
     )
-    open_run(folder, {key: getattr(args, key) for key in keys}, resume=True)
-    paths = {split: folder / "data" / f"{split}.jsonl" for split in ("train", "valid")}
-    for split, path in paths.items():
-        if not path.exists():
-            count = args.trajectories if split == "train" else max(10, args.trajectories // 5)
-            negatives.write_records(negatives.make_records(make_env, count, args.negatives, args.seed, split), path)
-    data = {
-        split: negatives.read_records(args.data if args.data and split == "train" else path)
-        for split, path in paths.items()
-    }
-    print(f"{folder}: {len(data['train'])} steps of {args.trajectories} trajectories, {args.negatives:.0%} perturbed")
-    for i, stage in enumerate(stages):
-        train_stage(stage, args, folder / stage, data["train"], data["valid"], later=stages[i + 1 :])
+    with lock_run(folder, wait=True):
+        open_run(folder, {key: getattr(args, key) for key in keys}, resume=True)
+        paths = {split: folder / "data" / f"{split}.jsonl" for split in ("train", "valid")}
+        for split, path in paths.items():
+            if not path.exists():
+                count = args.trajectories if split == "train" else max(10, args.trajectories // 5)
+                negatives.write_records(negatives.make_records(make_env, count, args.negatives, args.seed, split), path)
+        data = {
+            split: negatives.read_records(args.data if args.data and split == "train" else path)
+            for split, path in paths.items()
+        }
+        print(
+            f"{folder}: {len(data['train'])} steps of {args.trajectories} trajectories, {args.negatives:.0%} perturbed"
+        )
+        for i, stage in enumerate(stages):
+            train_stage(stage, args, folder / stage, data["train"], data["valid"], later=stages[i + 1 :])
     return folder
 
 

@@ -124,10 +124,22 @@ COUNTS = (
     "--batch",
     "--rank",
     "--repeats",
+    "--group",
+    "--epochs",
+    "--minibatches",
+)
+OTHERS = (
+    ("--negatives", 1.5),
+    ("--negatives", -0.1),
+    ("--replay", -1),
+    ("--replay-buffer", -1),
+    ("--eval-every", -1),
+    ("--episodes", 1),  # REINFORCE's baseline is the mean of the batch
+    ("--group", 5),  # divides no batch here
 )
 
 
-@pytest.mark.parametrize("option", [*((name, 0) for name in COUNTS), ("--negatives", 1.5), ("--negatives", -0.1)])
+@pytest.mark.parametrize("option", [*((name, 0) for name in COUNTS), *OTHERS])
 def test_numbers_out_of_range(option, refused, tmp_path, bases):
     """Catches a ZeroDivisionError an hour into the run: refused before anything is trained."""
     assert option[0] in refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path / "runs"), *option)

@@ -90,6 +90,27 @@ def test_a_resumed_run_equals_the_uninterrupted_one(algo, start, options, monkey
         assert last_state(whole)["buffer"], "no success was ever kept: the buffer was not tested"
 
 
+def test_a_resume_before_the_first_checkpoint_begins_anew(start, options, monkeypatch):
+    """Bug: the evaluation before the first update is not made again, and what it had reflected on is not known."""
+    more = ["--updates", 4, "--eval-every", 2]
+    whole, cut = train(options(*more), start), options(*more, runs="cut")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(1, patch)
+        train(cut, start)
+    resumed = train([*cut, "--resume"], start)
+    assert_equal_runs(whole, resumed)
+    steps = [[json.loads(line)["step"] for line in (run / "log.jsonl").open()] for run in (whole, resumed)]
+    assert steps == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_a_resume_may_save_and_show_otherwise(start, options):
+    """Bug: an option that changes no number keeps a run from going on."""
+    run = train(options("--updates", 2), start)
+    assert (
+        train([*options("--updates", 2), "--resume", "--save-every", 1, "--show-every", 1, "--keep", 1], start) == run
+    )
+
+
 def test_the_buffer_is_of_this_stage_only(start, options):
     """Bug: successes of an easier stage replayed in a later one, or not cleared where the stage changed at a resume."""
     run = train(options("--replay", 3, "--keep", 3, "--save-every", 1, "--updates", 4), start)
@@ -185,6 +206,21 @@ def test_a_signal_saves_and_exits(number, start, options, tmp_path):
     run_process([*options(*more), "--resume"], start[1], tmp_path / "out")
     run_process(options(*more, runs="whole"), start[1], tmp_path / "out")
     assert_equal_runs(tmp_path / "whole" / "run", run)
+
+
+def test_a_signal_in_the_last_save_still_stops(start, options, monkeypatch):
+    """Bug: it is forgotten, and minutes of evaluation follow."""
+    real = rl.save_checkpoint
+
+    def signalled(*rest, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*rest, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="is trained"):
+        patch.setattr(rl, "save_checkpoint", signalled)
+        train(options("--updates", 1), start)
+    run = train([*options("--updates", 1), "--resume"], start)
+    assert reflect_rl.find_adapters(run)["policy"] == run / "policy"
 
 
 def test_a_second_process_is_refused(start, options, tmp_path):

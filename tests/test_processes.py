@@ -1,9 +1,11 @@
 """Several processes (gloo, CPU): two with half the batch each give the numbers of one with the whole batch."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -90,7 +92,40 @@ def test_three_processes_with_unequal_shares_resume_as_two(start, tmp_path):
     assert_close_runs(run, tmp_path / "one" / "run")
 
 
-@pytest.mark.long
+def test_counters_of_all_processes_survive_a_resume(start, tmp_path):
+    """Bug: only rank 0's are saved, or all ranks go on with the sum and it counts twice. Hits and misses together are
+    the states that were reflected on, whoever remembers what."""
+    one, two = (run_options(start[0], tmp_path / name, "--updates", 4) for name in ("one", "two"))
+    run_process(one, start[1], tmp_path / "out")
+    run_together(two, start[1], tmp_path)
+    run = tmp_path / "two" / "run"
+    reflect_rl.checkpoints(run)[-1].rename(run / "gone")
+    for name in ("reflect", "policy"):
+        (run / name / "adapter_config.json").unlink()
+    run_together([*two, "--resume"], start[1], tmp_path)
+    expected, found = last_state(tmp_path / "one" / "run")["counts"], last_state(run)["counts"]
+    assert found["hits"] + found["misses"] == expected["hits"] + expected["misses"] > 0
+
+
+def test_a_signal_to_one_process_stops_all_after_the_save(start, tmp_path):
+    """Bug: the signalled process leaves while rank 0 still saves, for which torchrun kills rank 0."""
+    options = run_options(start[0], tmp_path / "runs", "--updates", 50, "--eval-every", 1, "--repeats", 20)
+    run, outputs = tmp_path / "runs" / "run", [tmp_path / "out0", tmp_path / "out1"]
+    processes = [
+        start_process(options, start[1], output, environment)
+        for output, environment in zip(outputs, rendezvous(2), strict=True)
+    ]
+    while all(process.is_alive() for process in processes) and not (run / "step-000002").exists():
+        time.sleep(0.05)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    processes[1].join()
+    newest = reflect_rl.checkpoints(run)[-1]  # rank 1 has left: it must be there already
+    processes[0].join()
+    texts = [output.read_text() for output in outputs]
+    assert [process.exitcode for process in processes] == [1, 1], "\n".join(texts)
+    assert int(newest.name[5:]) == len(read_log(run)) < 50 and "--resume" in texts[0]
+
+
 def test_torchrun_runs_the_whole_pipeline(start, tmp_path):
     """`torchrun --nproc-per-node 2 rl.py`: SFT by one process, training by both, one table. Bug: it hangs."""
     sizes = ["--trajectories", 6, "--reflect-steps", 2, "--policy-steps", 2, "--batch", 4, "--rank", 4]

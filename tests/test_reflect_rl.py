@@ -8,6 +8,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Killed, make_players, randomise, subprocess_of, taxi_states
@@ -502,7 +503,7 @@ def test_generate_equals_hugging_face(players, monkeypatch):
     assert {cut for _, cut in expected} == {True, False}, "some rows must stop and some be cut"
     got = players.generate(prompts)
     assert got == [(players.tokenizer.decode(ids), cut) for ids, cut in expected]
-    assert players.cuts == sum(cut for _, cut in expected), "cut reflections must be counted"
+    assert players.counts["cuts"] == sum(cut for _, cut in expected), "cut reflections must be counted"
 
 
 def test_reflections_do_not_depend_on_batch_mates(players):
@@ -542,7 +543,7 @@ def test_greedy_reflections_are_memoised(bases):
     passes = count_forwards(players.model)
     a, b = taxi_states(2)
     first = players.reflect([a, b, a])
-    assert passes and first[0] == first[2] and (players.misses, players.hits) == (2, 1)
+    assert passes and first[0] == first[2] and players.counts["misses"] == 2 and players.counts["hits"] == 1
     passes.clear()
     assert players.reflect([b, a]) == [first[1], first[0]]
     assert not passes, "a known reflection was decoded again"
@@ -621,6 +622,18 @@ def test_play_does_not_depend_on_the_batch(batch):
     assert [e.task for e in episodes] == tasks and [len(e.steps) for e in episodes] == tasks
     assert episodes == [reflect_rl.play(coin, Countdown, [t], seed=3, numbers=[i])[0] for i, t in enumerate(tasks)]
     assert episodes[2] != episodes[3], "two episodes of one task must differ"
+
+
+def test_numbers_of_numpy_become_plain():
+    """Catches an environment whose rewards and flags neither JSON nor a checkpoint can take."""
+
+    class Numpy(Countdown):
+        def step(self, action):
+            state, reward, terminated, truncated, info = super().step(action)
+            return state, np.float32(reward), np.bool_(terminated), np.bool_(truncated), info
+
+    steps = [step for episode in reflect_rl.play(coin, Numpy, [2, 3]) for step in episode.steps]
+    assert {type(value) for s in steps for value in (s.reward, s.terminated, s.truncated)} == {float, bool}
 
 
 def test_an_environment_that_ends_is_replaced():

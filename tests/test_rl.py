@@ -538,7 +538,7 @@ def test_no_reflection_plays_without(bases):
     """Catches an ablation that still reads reflections."""
     players = make_players(bases["gpt2"], reflection=False)
     [episode] = play(players, Corridor, [[0, 4]])
-    assert all(step.reflection is None for step in episode.steps) and not players.misses
+    assert all(step.reflection is None for step in episode.steps) and not players.counts["misses"]
 
 
 def test_evaluation_repeats_the_runs_own_table(finished, runs, bases, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import argparse
 import functools
 import math
 import re
+import threading
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_ten_examples_are_learned_by_heart(stage, bases, tmp_path):
     )
     found = sft.held_out(players, records, stage)
     assert found["valid_loss"] < 0.05 and found["valid_exact"] == 1.0, found
-    assert players.cuts == 0, "a learned reflection ran to the limit"
+    assert players.counts["cuts"] == 0, "a learned reflection ran to the limit"
 
 
 def test_held_out_loss_is_exact_and_leaves_the_adapter_on(bases):
@@ -452,3 +453,22 @@ def test_corpus_is_a_function_of_its_numbers():
     both = letters | {"autoexplore": letters["taxi"]}
     asks = ["Question: " in document for document in sft.base_corpus(both, 0, range(6))]
     assert asks == [False, True, True] * 2, "AutoExplore has two turns"
+
+
+def test_a_second_run_waits_for_the_first(bases, runs, capsys, monkeypatch):
+    """Catches two `rl.py` started together that write one SFT run: the second goes on when the first is done."""
+    folder = runs / "corridor-sft-s0"
+    with reflect_rl.lock_run(folder):
+        freed = threading.Event()
+        other = threading.Thread(
+            target=lambda: run_script(
+                sft, *tiny_options(bases["gpt2"], runs), "--stage", "policy", monkeypatch=monkeypatch
+            )
+        )
+        monkeypatch.setattr(sft, "train_stage", lambda *rest, **more: freed.wait(0) or pytest.fail("it did not wait"))
+        other.start()
+        other.join(1.0)
+        assert other.is_alive() and "waiting" in capsys.readouterr().out
+        monkeypatch.setattr(sft, "train_stage", lambda *rest, **more: freed.set())
+    other.join(30)
+    assert freed.is_set()
