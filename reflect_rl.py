@@ -647,9 +647,9 @@ def parse_args(parser):
     counts = ("updates", "episodes", "save_every", "keep", "micro_batch", "trajectories", "batch", "rank", "repeats")
     least = dict.fromkeys((*counts, "group", "epochs", "minibatches"), 1)
     least |= dict.fromkeys(("replay", "replay_buffer", "warmup", "eval_every", "show_every"), 0)
-    for key, least_value in least.items():
-        if (value := getattr(args, key, None)) is not None and value < least_value:
-            raise UserError(f"--{key.replace('_', '-')} must be at least {least_value}, not {value}")
+    for key, lowest in least.items():
+        if (value := getattr(args, key, None)) is not None and value < lowest:  # None: the algorithm's default
+            raise UserError(f"--{key.replace('_', '-')} must be at least {lowest}, not {value}")
     try:
         device = torch.device(args.device)
     except RuntimeError:
