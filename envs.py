@@ -25,6 +25,7 @@ import collections
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import keyword
@@ -44,9 +45,12 @@ class UserError(Exception):
 class Env:
     """The contract. Subclass it (or imitate it: nothing checks the type) to bring an environment of your own.
 
-    Required: `reset`, `step`, `tasks`. `expert_action` is needed for teacher data, `describe` only for the
-    corpus of the base LM. A task is any JSON-serialisable value; options are the reset options of a
-    curriculum stage, such as `{"mode": "pickup"}`.
+    Required: `reset`, `step`, `tasks`; for teacher data `expert_action` and `reflection(mistake)`, the teacher's line on
+    the current state, `mistake` being whether the last move was not the expert's (those of this file have theirs in
+    `negatives.py`); for the corpus of the base LM `describe`. `info` has `actions` (a tuple of texts) and `success`.
+    A task is any JSON-serialisable value; options are the reset options of a curriculum stage, such as
+    `{"mode": "pickup"}`. After a `reset` with the same seed and task everything is the same again, and the environment
+    truncates itself at its horizon.
     """
 
     horizon = 30  # steps after which an episode is truncated
@@ -73,7 +77,7 @@ class Env:
         raise NotImplementedError
 
     def tasks(self, split):
-        """The fixed list of tasks of a split, `train`, `valid` or `test`; the three are disjoint."""
+        """The fixed list of tasks of a split, `train`, `valid` or `test`; the three are disjoint, none is empty."""
         raise NotImplementedError
 
     def groups(self, task):
@@ -81,7 +85,7 @@ class Env:
         return ()
 
     def expert_action(self):
-        """Index of an optimal action in the current state."""
+        """Index of an optimal action in the current state, whichever that is: mistakes lead off the way."""
         raise NotImplementedError
 
     def describe(self):
@@ -1957,10 +1961,12 @@ def env_class(name):
 
 def make(name, **options):
     """A new environment; options go to its constructor."""
+    cls = env_class(name)
     try:
-        return env_class(name)(**options)
+        inspect.signature(cls).bind(**options)
     except TypeError as error:
         raise UserError(f"environment {name!r} does not take these options {options}: {error}") from None
+    return cls(**options)
 
 
 def run_main(main):
@@ -2013,4 +2019,6 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    import envs  # what an environment of your own imports: another copy than this one, with another `UserError`
+
+    envs.run_main(envs.main)

@@ -32,7 +32,7 @@ from reflect_rl import (
     parse_args,
     play,
     read_config,
-    short_name,
+    runs_of,
     show_step,
 )
 
@@ -170,11 +170,13 @@ def plot(args):
     except ImportError:
         raise UserError("plots need matplotlib: pip install matplotlib") from None
     curves = {}  # kind of run -> the points of its seeds
-    for log in sorted(Path(args.runs).glob(f"{short_name(args.env)}-rl*/log.jsonl")):
+    for log in [run / "log.jsonl" for run in runs_of(args) if (run / "log.jsonl").is_file()]:
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]  # or half written
         points = {line["episodes"]: line["valid_success"] for line in lines if "valid_success" in line}
         if points:
             curves.setdefault(re.sub(r"-s\d+$", "", log.parent.name), []).append(points)
+    if not curves:
+        raise UserError(f"no run of {args.env} in {args.runs} has been evaluated yet")
     figure, axes = plt.subplots(figsize=(7, 4))
     for kind, seeds in curves.items():
         shared = sorted(set.intersection(*map(set, seeds)))
@@ -245,12 +247,7 @@ def main():
             row("expert", expert_actor, env_factory(args), args),
         ]
     )
-    runs = (
-        [Path(args.run)]
-        if args.run
-        else sorted(path.parent for path in Path(args.runs).glob(f"{short_name(args.env)}-*/config.json"))
-    )
-    for run in runs:
+    for run in [Path(args.run)] if args.run else runs_of(args):
         rows += run_rows(run, args)
     if not rows:
         raise UserError(f"{args.run} holds no policy yet: it was stopped before its first checkpoint")

@@ -190,9 +190,7 @@ def teacher_of(env):
             return teacher
     if hasattr(env, "reflection"):
         return lambda env, mistake: env.reflection(mistake)
-    raise UserError(
-        f"{type(env).__name__} has no teacher: give it a method reflection(mistake), or use --no-reflection"
-    )
+    raise UserError(f"{type(env).__name__} has no teacher: give it a method reflection(mistake)")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -212,7 +210,10 @@ def draw_task(env, split, rng):
     """A random task of a split; for training an environment may have more than it lists (`training_task`)."""
     if split == "train" and hasattr(env, "training_task"):
         return env.training_task(rng)
-    return rng.choice(env.tasks(split))
+    tasks = env.tasks(split)
+    if not tasks:
+        raise UserError(f"{type(env).__name__} has no tasks in its {split} split")
+    return rng.choice(tasks)
 
 
 def expert_steps(env, over):

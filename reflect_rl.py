@@ -26,6 +26,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import string
 from pathlib import Path
@@ -305,11 +306,14 @@ def load_adapter(model, name, folder):
 def load_base(path="nano", device="cpu", dtype=torch.float32):
     """A causal LM and its tokenizer from a Hugging Face directory (or a hub name, if there is a network)."""
     path = NANO if path == "nano" else path
+    if not os.path.isdir(path) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
+        raise UserError(f"{path} is no directory")  # nor a name on the hub, which would be asked for a minute
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is no causal LM with a tokenizer: {str(error).splitlines()[0]}") from None
+        what = "causal LM with a tokenizer" if os.path.isdir(path) else "directory, and no causal LM from the hub"
+        raise UserError(f"{path} is no {what}: {str(error).splitlines()[0]}") from None
     if not encode(tokenizer, ACTION_HEADER):
         raise UserError(f"{path} holds no tokenizer")
     if tokenizer.eos_token_id is None:
@@ -650,6 +654,9 @@ def parse_args(parser):
     for key, lowest in least.items():
         if (value := getattr(args, key, None)) is not None and value < lowest:  # None: the algorithm's default
             raise UserError(f"--{key.replace('_', '-')} must be at least {lowest}, not {value}")
+    for key in ("lr", "rl_lr", "critic_lr"):
+        if not getattr(args, key, 1.0) > 0:
+            raise UserError(f"--{key.replace('_', '-')} must be a number above 0, not {getattr(args, key)}")
     try:
         device = torch.device(args.device)
     except RuntimeError:
@@ -868,13 +875,20 @@ def find_adapters(run):
     raise UserError(f"{run} holds no policy yet: it was stopped before its first checkpoint")
 
 
+def runs_of(args):
+    """The folders of all runs of `args.env`, whatever their names."""
+    configs = sorted(Path(args.runs).glob("*/config.json"))
+    return [
+        path.parent for path in configs if short_name(read_config(path.parent).get("env", "")) == short_name(args.env)
+    ]
+
+
 def newest_run(args):
     """The newest run of `args.env` that can play."""
-    runs = sorted(Path(args.runs).glob(f"{short_name(args.env)}-*/config.json"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(runs):
+    for run in sorted(runs_of(args), key=lambda run: (run / "config.json").stat().st_mtime, reverse=True):
         with contextlib.suppress(UserError):
-            find_adapters(path.parent)
-            return path.parent
+            find_adapters(run)
+            return run
     raise UserError(
         f"no run of {args.env} in {args.runs}: make one with python rl.py --env {args.env}, or name one with --run"
     )

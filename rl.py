@@ -428,6 +428,7 @@ def start_run(args, run, sft_adapters):
         "device",
         "name",
         "bf16",
+        "micro_batch",
         "repeats",
         "data",
         "split",
@@ -693,7 +694,7 @@ def add_rl_options(parser):
         "--eval-every",
         type=int,
         default=10,
-        help="updates between evaluations on the valid split, 0 = never (default: 10)",
+        help="updates between evaluations on the valid split, 0 = after the last one only (default: 10)",
     )
     group.add_argument("--save-every", type=int, default=10, help="updates between checkpoints (default: 10)")
     group.add_argument("--keep", type=int, default=2, help="checkpoints kept (default: 2)")
@@ -737,6 +738,7 @@ def main():
     evaluation.add_panel_options(parser.add_argument_group("evaluation"))
     args = parse_args(parser)
     resolve(args)
+    env_factory(args)().tasks(args.split)  # an unknown split is noticed now, not after the training
     start = sft.sft_folder(args)
     if os.environ.get("RANK", "0") == "0":  # torchrun: the other processes wait for this one
         sft.sft_run(args, ["plain", "reflect", "policy"] if args.reflection else ["plain"])

@@ -358,6 +358,9 @@ def sft_run(args, stages):
         "policy_steps",
         "labels",
     )
+    if not (folder / "config.json").exists():  # what cannot work leaves nothing behind
+        make_env()
+        load_base(args.base)
     with lock_run(folder, wait=True):
         open_run(folder, {key: getattr(args, key) for key in keys}, resume=True)
         paths = {split: folder / "data" / f"{split}.jsonl" for split in ("train", "valid")}

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -135,6 +136,8 @@ OTHERS = (
     ("--replay-buffer", -1),
     ("--eval-every", -1),
     ("--episodes", 1),  # REINFORCE's baseline is the mean of the batch
+    ("--lr", "nan"),
+    ("--rl-lr", 0),
     ("--group", 5),  # divides no batch here
 )
 
@@ -350,3 +353,54 @@ def test_interrupt_ends_with_130(capsys):
     with pytest.raises(SystemExit) as end:
         envs.run_main(main)
     assert end.value.code == 130 and "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"), [(("--base", "./nosuch"), "nosuch"), (("--env-option", "colour=red"), "colour")]
+)
+def test_a_typo_leaves_nothing_behind(wrong, named, refused, tmp_path, bases, monkeypatch):
+    """Catches a run folder that remembers the misspelt option and refuses the right one."""
+    options = tiny_rl_options(bases["gpt2"], tmp_path / "runs")
+    assert named in refused(rl, *options, *wrong)
+    run_script(rl, *options, monkeypatch=monkeypatch)
+
+
+def test_an_unknown_split_is_noticed_before_the_training(refused, tmp_path, bases):
+    options = tiny_rl_options(bases["gpt2"], tmp_path / "runs")
+    assert "tset" in refused(rl, "--env", "taxi", *options[2:], "--split", "tset")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_environment_without_tasks(refused, tmp_path, bases, monkeypatch):
+    """Catches an IndexError where a split is empty."""
+    monkeypatch.setattr(Corridor, "tasks", lambda self, split: ["x"] if split == "test" else [])
+    assert "no tasks in its train split" in refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path / "runs"))
+
+
+def test_a_mistake_in_an_environments_constructor_is_shown():
+    """Catches a TypeError of the environment's own code that is taken for a wrong option."""
+    with pytest.raises(TypeError, match="NoneType"):
+        envs.make("test_bad_input:Broken")
+
+
+class Broken(Corridor):
+    def __init__(self):
+        super().__init__()
+        self.length = None + 1
+
+
+def test_plot_of_nothing(refused, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "no run" in refused(evaluation, "--runs", tmp_path, "--plot", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_user_error_of_an_own_environment_is_one_line(tmp_path):
+    """Catches `python envs.py` being a second copy of the module, whose `UserError` is another class."""
+    (tmp_path / "mine.py").write_text(
+        "import envs\nclass Mine(envs.Env):\n    def tasks(self, split):\n        raise envs.UserError('not mine')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, envs.__file__, "--env", "mine:Mine"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr == "error: not mine\n"

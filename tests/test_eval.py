@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import math
+import shutil
 import types
 
 import pytest
@@ -13,7 +14,7 @@ from corridor import Corridor
 import envs
 import eval as evaluation
 from envs import UserError
-from reflect_rl import Episode, Step
+from reflect_rl import Episode, Step, newest_run, runs_of
 
 # Newcombe, Statistics in Medicine 17 (1998), table I, method 3 (score interval without continuity correction)
 NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
@@ -211,6 +212,7 @@ def test_plot(tmp_path, monkeypatch):
     for name, success, last in (("-s0", 0.1, 6), ("-s1", 0.2, 4), ("-ppo-s0", 0.3, 6)):
         lines = [{"step": i, "episodes": 8 * i} | ({"valid_success": success} if i % 2 else {}) for i in range(1, last)]
         (tmp_path / f"corridor-rl{name}").mkdir()
+        (tmp_path / f"corridor-rl{name}" / "config.json").write_text('{"env": "corridor:Corridor"}')
         (tmp_path / f"corridor-rl{name}" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run_script(
         evaluation,
@@ -230,6 +232,16 @@ def test_plot(tmp_path, monkeypatch):
     assert [list(line.get_xdata()) for line in (first, second)] == [[8, 24, 40], [8, 24]]
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == ["corridor-rl-ppo, 1 seed", "corridor-rl, 2 seeds"]
+
+
+def test_runs_are_found_by_their_environment(runs):
+    """Catches a run with a name of its own (`--name my-run`) that `eval.py` and `reflect_rl.py` do not see."""
+    mine = shutil.copytree(runs / "corridor-sft-s0", runs / "my-run")
+    args = argparse.Namespace(env="corridor:Corridor", runs=runs)
+    assert runs_of(args) == [runs / "corridor-sft-s0", mine]
+    shutil.rmtree(runs / "corridor-sft-s0")
+    assert newest_run(args) == mine
+    assert not runs_of(argparse.Namespace(env="taxi", runs=runs))
 
 
 def test_groups_are_reported_apart(capsys):
