@@ -45,8 +45,8 @@ class UserError(Exception):
 class Env:
     """The contract. Subclass it (or imitate it: nothing checks the type) to bring an environment of your own.
 
-    Required: `reset`, `step`, `tasks`; for teacher data `expert_action` and `reflection(mistake)`, the teacher's line on
-    the current state, `mistake` being whether the last move was not the expert's (those of this file have theirs in
+    Required: `reset`, `step`, `tasks`; for teacher data `expert_action` and `reflection(mistake)`, the teacher's line
+    on the current state, `mistake` being whether the last move was not the expert's (those of this file have theirs in
     `negatives.py`); for the corpus of the base LM `describe`. `info` has `actions` (a tuple of texts) and `success`.
     A task is any JSON-serialisable value; options are the reset options of a curriculum stage, such as
     `{"mode": "pickup"}`. After a `reset` with the same seed and task everything is the same again, and the environment

@@ -14,7 +14,7 @@ Nothing here trains: `sft.py` and `rl.py` do, through `Players.log_probs` and th
 Deviations: the paper's players start from one pretrained LM and part; ours stay on it as two adapters, so two players
 cost hardly more memory than one. We search the tokenizer for labels that really are one token behind a prompt.
 
-    python reflect_rl.py --env taxi        # play one episode, show every prompt, reflection and probability
+    python reflect_rl.py --env taxi        # play one episode, show every state, reflection and probability
 """
 
 import argparse
