@@ -73,6 +73,15 @@ def expert_actor(states, actions, envs):
     ]
 
 
+def baseline_rows(args):
+    """Lines of the table for random play and, where the environment has one, for its expert."""
+    rows = [row("random", random_actor, env_factory(args), args)]
+    no_expert = envs.Env.expert_action
+    if getattr(envs.env_class(args.env), "expert_action", no_expert) is not no_expert:
+        rows.append(row("expert", expert_actor, env_factory(args), args))
+    return rows
+
+
 def panel(env, split, size=120):
     """The tasks of a split that everything is evaluated on: all, or a fixed sample where there are more than `size`."""
     tasks = env.tasks(split)
@@ -239,14 +248,7 @@ def main():
         players = load_players(options, find_adapters(run))
         for episode in evaluate(players, env_factory(options), args.split, repeats=1, limit=args.show):
             print("\n".join(show_step(step) for step in episode.steps))
-    rows = (
-        []
-        if args.run
-        else [
-            row("random", random_actor, env_factory(args), args),
-            row("expert", expert_actor, env_factory(args), args),
-        ]
-    )
+    rows = [] if args.run else baseline_rows(args)
     for run in [Path(args.run)] if args.run else runs_of(args):
         rows += run_rows(run, args)
     if not rows:

@@ -190,7 +190,9 @@ def teacher_of(env):
             return teacher
     if hasattr(env, "reflection"):
         return lambda env, mistake: env.reflection(mistake)
-    raise UserError(f"{type(env).__name__} has no teacher: give it a method reflection(mistake)")
+    raise UserError(
+        f"{type(env).__name__} has no teacher: give it a method reflection(mistake), or records with --data"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -318,6 +320,13 @@ def read_records(path):
     if not records:
         raise UserError(f"the data set {path} is empty")
     return records
+
+
+def hold_out(records):
+    """`{"train": ..., "valid": ...}`: every sixth trajectory is held out; of fewer, all are in both."""
+    held = set(sorted({record.trajectory for record in records})[5::6])
+    kept = [record for record in records if record.trajectory not in held]
+    return {"train": kept, "valid": [record for record in records if record.trajectory in held] or kept}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -745,10 +745,7 @@ def main():
     join_processes(args)
     run = train(args, find_adapters(start) if args.reflection else evaluation.plain_adapters(start))
     if rank() == 0:
-        rows = [
-            evaluation.row("random", evaluation.random_actor, env_factory(args), args),
-            evaluation.row("expert", evaluation.expert_actor, env_factory(args), args),
-        ]
+        rows = evaluation.baseline_rows(args)
         evaluation.print_table(rows + evaluation.run_rows(start, args) + evaluation.run_rows(run, args))
 
 

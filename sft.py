@@ -339,8 +339,20 @@ def sft_folder(args):
     return Path(args.runs) / f"{short_name(args.env)}-sft{'' if args.negatives else '-no-negatives'}-s{args.seed}"
 
 
+def teacher_data(folder, make_env, args):
+    """The teacher's records of the train and valid splits, written where they are not there yet."""
+    data = {}
+    for split, count in (("train", args.trajectories), ("valid", max(10, args.trajectories // 5))):
+        path = folder / "data" / f"{split}.jsonl"
+        if not path.exists():
+            negatives.write_records(negatives.make_records(make_env, count, args.negatives, args.seed, split), path)
+        data[split] = negatives.read_records(path)
+    return data
+
+
 def sft_run(args, stages):
-    """Write the teacher data (where it is not there yet), then train the stages on it; returns the run's folder."""
+    """Write the teacher data (where it is not there yet), or read `--data`, then train the stages on it; returns the
+    run's folder."""
     negatives.check_data_options(args)
     folder, make_env = sft_folder(args), env_factory(args)
     keys = (
@@ -357,24 +369,19 @@ def sft_run(args, stages):
         "reflect_steps",
         "policy_steps",
         "labels",
+        "data",
     )
     if not (folder / "config.json").exists():  # what cannot work leaves nothing behind
         make_env()
         load_base(args.base)
     with lock_run(folder, wait=True):
         open_run(folder, {key: getattr(args, key) for key in keys}, resume=True)
-        paths = {split: folder / "data" / f"{split}.jsonl" for split in ("train", "valid")}
-        for split, path in paths.items():
-            if not path.exists():
-                count = args.trajectories if split == "train" else max(10, args.trajectories // 5)
-                negatives.write_records(negatives.make_records(make_env, count, args.negatives, args.seed, split), path)
-        data = {
-            split: negatives.read_records(args.data if args.data and split == "train" else path)
-            for split, path in paths.items()
-        }
-        print(
-            f"{folder}: {len(data['train'])} steps of {args.trajectories} trajectories, {args.negatives:.0%} perturbed"
-        )
+        if args.data:
+            data, source = negatives.hold_out(negatives.read_records(args.data)), args.data
+        else:
+            data, source = teacher_data(folder, make_env, args), f"{args.trajectories} trajectories"
+            source += f", {args.negatives:.0%} perturbed"
+        print(f"{folder}: {len(data['train'])} steps of {source}")
         for i, stage in enumerate(stages):
             train_stage(stage, args, folder / stage, data["train"], data["valid"], later=stages[i + 1 :])
     return folder
@@ -655,7 +662,10 @@ def train_base(args):
 def add_sft_options(parser):
     negatives.add_data_options(parser)
     group = parser.add_argument_group("supervised stage")
-    group.add_argument("--data", help="train on this JSONL file instead of the teacher's (see negatives.py)")
+    group.add_argument(
+        "--data",
+        help="train on this JSONL file instead of the teacher's (see negatives.py); every sixth trajectory is held out",
+    )
     group.add_argument("--reflect-steps", type=int, default=400, help="updates of the reflector (default: 400)")
     group.add_argument(
         "--policy-steps",

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import make_players, run_script, subprocess_of, tiny_options, tiny_rl_options
+from conftest import make_players, run_script, subprocess_of, table_of, tiny_options, tiny_rl_options
 from corridor import Corridor
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -268,6 +268,31 @@ def test_environment_without_teacher(refused, tmp_path, bases):
     options = tiny_options(bases["gpt2"], tmp_path / "runs")
     options[1] = "test_bad_input:Silent"
     assert "reflection" in refused(sft, *options)
+
+
+class Untaught(Corridor):
+    """An environment of which nobody wrote a teacher or an expert."""
+
+    reflection = property()
+    expert_action = envs.Env.expert_action
+
+
+def test_records_of_ones_own_need_no_teacher(refused, tmp_path, bases, monkeypatch, capsys):
+    """Catches `--data` that asks for the teacher it replaces, or is ignored where SFT is done; and a table that ends in
+    the traceback of the missing expert."""
+    records = negatives.make_records(Corridor, 12, 0.5, seed=0)
+    negatives.write_records(records, tmp_path / "mine.jsonl")
+    options = tiny_rl_options(bases["gpt2"], tmp_path / "runs")
+    options[1] = "test_bad_input:Untaught"
+    run_script(rl, *options, "--data", tmp_path / "mine.jsonl", monkeypatch=monkeypatch)
+    out = capsys.readouterr().out
+    table = table_of(out)
+    assert "untaught-rl-s0" in table and "random" in table and "expert" not in table
+    kept = sum(record.trajectory not in (5, 11) for record in records)
+    assert f"{kept} steps of {tmp_path / 'mine.jsonl'}" in out and kept < len(records)
+    assert "other settings: data" in refused(rl, *options, "--resume")
+    few = [record for record in records if record.trajectory < 5]
+    assert negatives.hold_out(few) == {"train": few, "valid": few}
 
 
 # ---------------------------------------------------------------------------------------------------------
