@@ -170,7 +170,8 @@ def plain_adapters(run):
 
 
 def plot(args):
-    """Success of all RL runs over training episodes, to the file `args.plot`: the mean of the seeds, thinly each."""
+    """Success of all RL runs over training episodes, to the file `args.plot`: each seed a thin line, their mean a
+    thick one where all of them have been evaluated."""
     try:
         import matplotlib
 

@@ -381,6 +381,12 @@ class Learner:
         log_ratio = now - batch.old_log_prob[some]
         return (log_ratio.exp() - 1 - log_ratio).mean().item()
 
+    def counts(self):
+        """`players.counts` of all ranks together; every rank has to call it. `state` saves what it found elsewhere."""
+        total = summed(self.players.counts)
+        self.elsewhere = total - self.players.counts
+        return total
+
     def state(self):
         """All that the next update depends on, but the adapters; `torch.load(weights_only=True)` reads it."""
         return {
@@ -504,7 +510,7 @@ def train(args, sft_adapters):
                 sys.exit(f"stopped after update {step + 1}; go on with --resume")
         if rank() == 0:
             finish(players, run)
-        if stopping:
+        if stopping and rank() == 0:  # the others have nothing left to do, and their failure would end rank 0's saving
             sys.exit(f"{run} is trained; --resume evaluates it")
     return run
 
@@ -535,8 +541,7 @@ def summarise(learner, episodes, figures, seconds):
     """The figures of an update; success, return, length and failures are those of the whole batch of fresh episodes."""
     found = evaluation.summary(episodes)
     kept = {key: found[key] for key in ("success", "return", "length", "failed")}
-    seen = summed(learner.players.counts)
-    learner.elsewhere = seen - learner.players.counts
+    seen = learner.counts()
     return (
         kept
         | figures

@@ -223,6 +223,31 @@ def test_a_signal_in_the_last_save_still_stops(start, options, monkeypatch):
     assert reflect_rl.find_adapters(run)["policy"] == run / "policy"
 
 
+def test_a_late_signal_to_another_rank_is_none_of_its_business(start, options, monkeypatch):
+    """Bug: it leaves with a failure, for which torchrun kills rank 0 in the last save."""
+    real = rl.agreed
+    monkeypatch.setattr(rl, "agreed", lambda stopping: (real(stopping), os.kill(os.getpid(), signal.SIGTERM))[0])
+    monkeypatch.setattr(rl, "rank", lambda: 1)  # of one: it writes nothing, and leaves out an episode
+    assert train(options("--updates", 1, runs="other"), start).parent.name == "other"
+
+
+@pytest.mark.extra
+def test_tensorboard_gets_every_figure_and_takes_back_what_was_not_saved(start, options, monkeypatch):
+    """Bug: the end of a run is lost in a buffer, or a resumed run draws the updates after its checkpoint twice."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = options("--tensorboard", "--updates", 4, "--save-every", 2)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(3, patch)
+        train(more, start)
+    run = train([*more, "--resume"], start)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for key in ("success", "entropy", "grad_norm"):
+        drawn = [(event.step, event.value) for event in events.Scalars(key)]
+        assert drawn == [(line["episodes"], pytest.approx(line[key])) for line in read_log(run)]
+
+
 def test_a_second_process_is_refused(start, options, tmp_path):
     """Bug: two processes write one run. The lock must go with its holder, or a killed run could not be resumed."""
     run = tmp_path / "runs" / "run"

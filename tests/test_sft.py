@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import threading
+import time
 
 import pytest
 import torch
@@ -457,18 +458,15 @@ def test_corpus_is_a_function_of_its_numbers():
 
 def test_a_second_run_waits_for_the_first(bases, runs, capsys, monkeypatch):
     """Catches two `rl.py` started together that write one SFT run: the second goes on when the first is done."""
-    folder = runs / "corridor-sft-s0"
-    with reflect_rl.lock_run(folder):
-        freed = threading.Event()
-        other = threading.Thread(
-            target=lambda: run_script(
-                sft, *tiny_options(bases["gpt2"], runs), "--stage", "policy", monkeypatch=monkeypatch
-            )
-        )
-        monkeypatch.setattr(sft, "train_stage", lambda *rest, **more: freed.wait(0) or pytest.fail("it did not wait"))
-        other.start()
-        other.join(1.0)
-        assert other.is_alive() and "waiting" in capsys.readouterr().out
-        monkeypatch.setattr(sft, "train_stage", lambda *rest, **more: freed.set())
-    other.join(30)
-    assert freed.is_set()
+    began, said = threading.Event(), ""
+    monkeypatch.setattr(sft, "train_stage", lambda *rest, **more: began.set())
+    options = [*tiny_options(bases["gpt2"], runs), "--stage", "policy"]
+    second = threading.Thread(target=lambda: run_script(sft, *options, monkeypatch=monkeypatch))
+    with reflect_rl.lock_run(runs / "corridor-sft-s0"):
+        second.start()
+        while "waiting" not in said and second.is_alive():
+            time.sleep(0.05)
+            said += capsys.readouterr().out
+        assert "waiting" in said and not began.is_set()
+    second.join()
+    assert began.is_set()
