@@ -569,7 +569,6 @@ def report(run, progress, figures, episodes, bar, board, args):
     if board:
         for key, value in figures.items():
             board.add_scalar(key, value, progress["episodes"])
-        board.flush()
     if "valid_success" in figures:
         tqdm.write(
             f"update {step:4} {progress['stage']:8} training success {figures['success']:4.0%}, "

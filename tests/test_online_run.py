@@ -237,19 +237,27 @@ def test_tensorboard_gets_every_figure_and_takes_back_what_was_not_saved(start, 
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    more, run = options("--tensorboard", "--updates", 12), tmp_path / "runs" / "run"
+    more = options("--tensorboard", "--updates", 12, "--save-every", 6, "--eval-every", 0)
+    run = tmp_path / "runs" / "run"
     process = start_process(more, start[1], tmp_path / "out")
-    while process.is_alive() and not (run / "step-000002").exists():
+    while process.is_alive() and not ((run / "log.jsonl").exists() and len(read_log(run)) >= 8):
         time.sleep(0.01)
     process.kill()
     process.join()
     assert process.exitcode == -9
+
+    def drawn(key):
+        events = EventAccumulator(str(run / "tensorboard")).Reload().Scalars(key)
+        return [(event.step, pytest.approx(event.value)) for event in events]
+
+    def logged(key):
+        return [(line["episodes"], line[key]) for line in read_log(run)]
+
+    assert drawn("success")[:7] == logged("success")[:7]
     time.sleep(1.1)  # event files are read in the order of their names, which count seconds
     train([*more, "--resume"], start)
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
     for key in ("success", "entropy", "grad_norm"):
-        drawn = [(event.step, event.value) for event in events.Scalars(key)]
-        assert drawn == [(line["episodes"], pytest.approx(line[key])) for line in read_log(run)]
+        assert drawn(key) == logged(key)
 
 
 def test_a_second_process_is_refused(start, options, tmp_path):
