@@ -95,7 +95,7 @@ def action_labels(tokenizer, prompt=ACTION_HEADER):
 class Labels:
     """Names the actions of a menu by one token each: `labels(actions)` gives `(labels, token ids)`, all distinct.
 
-    `letters`: A, B, C, ... in the menu's order, as in the paper. `words`: a token of the action's own text, the one
+    `letters`: A, B, C, ... in the menu's order (the paper numbers its actions). `words`: a token of the action's own text, the one
     that the fewest actions of the menu share (`cat price list.md` -> ` price`), or a letter where all are taken. To
     answer with a letter means to look it up in the menu, which the nano base LM cannot do where the menu changes; a
     word needs no more than to be copied. Words do not depend on the menu's order: it is served alphabetically.
