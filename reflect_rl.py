@@ -1,20 +1,20 @@
-"""The two players: prompts, LoRA by hand, one-token action scoring, reflections, play.
+"""The two players: prompts, one-token actions, LoRA by hand, play.
 
-One frozen LM carries two LoRA adapters. The reflector (`reflect`) continues a state with a short reflection; the
-policy (`policy`) reads state, reflection and the enumerated actions, and answers with ONE token, an action's label.
-Nothing here trains: `sft.py` and `rl.py` do, through `Players.log_probs` and the same prompts.
+One frozen language model carries two LoRA adapters. The reflector ("reflect") reads a state and writes a short
+reflection. The policy ("policy") reads state, reflection and the enumerated actions, and answers with ONE token, the
+label of an action. Nothing is trained here: `sft.py` and `rl.py` train.
 
-    code            paper     meaning
+    in the code     paper     meaning
     state           s         text of the environment
-    reflection      a_1       output of player 1, the reflector R_phi
+    reflection      a_1       what player 1, the reflector R_phi, writes
     actions         A(s)      valid actions of this state; the policy's distribution is over these and nothing else
-    label           a_2       one-token name of an action; output of player 2, the policy pi_theta
+    label           a_2       one-token name of an action; what player 2, the policy pi_theta, answers
     log_prob                  log pi_theta(a_2 | s, a_1)
 
-Deviations: the paper's players start from one pretrained LM and part; ours stay on it as two adapters, so two players
-cost hardly more memory than one. We search the tokenizer for labels that really are one token behind a prompt.
+Deviations: the paper's players are two copies of one pretrained LM, ours share one frozen copy. The paper numbers its
+actions; we use letters, or words of the actions.
 
-    python reflect_rl.py --env taxi        # play one episode, show every state, reflection and probability
+    python reflect_rl.py --env taxi        # play one episode; show every state, reflection and probability
 """
 
 import argparse
@@ -27,32 +27,34 @@ import math
 import os
 import random
 import re
-import shutil
 import string
 from pathlib import Path
 
-import safetensors
+import filelock
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 from transformers.pytorch_utils import Conv1D
 
 import envs
-from envs import UserError
+from envs import UserError, key_and_value
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 NANO = Path(__file__).parent / "models" / "nano"
 
 # ---------------------------------------------------------------------------------------------------------
-# Prompts: one place for SFT, RL and evaluation
-
+# Prompts: one builder for SFT, RL and evaluation
 
 ACTION_HEADER = "# Action:\n"
-LABELS = string.ascii_uppercase + string.ascii_lowercase + string.digits  # the labels to try first
+
+
+def one_line(text):
+    """The normal form of a reflection: one line, single spaces."""
+    return " ".join(text.split())
 
 
 def reflector_prompt(state):
@@ -61,95 +63,109 @@ def reflector_prompt(state):
 
 def policy_prompt(state, reflection, actions, labels):
     """Prompt of the policy; `reflection=None` is the paper's ablation without a reflector."""
-    head = f"{state}\n" if reflection is None else f"{reflector_prompt(state)}{reflection}\n"
-    menu = "".join(f"{label} {action}\n" for label, action in zip(labels, actions, strict=False))
-    return f"{head}# Actions:\n{menu}{ACTION_HEADER}"
+    text = f"{state}\n" if reflection is None else f"{reflector_prompt(state)}{one_line(reflection)}\n"
+    text += "# Actions:\n"
+    for label, action in zip(labels, actions, strict=False):
+        text += f"{label} {action}\n"
+    return text + ACTION_HEADER
+
+
+def encode_all(tokenizer, texts):
+    """Token ids of each text: with the tokenizer's BOS if it has that habit, never with a closing EOS.
+
+    A text comes from outside: what looks like a special token in it is spelt out, it never becomes one.
+    """
+    if not texts:
+        return []
+    rows = tokenizer(list(texts), split_special_tokens=True)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [row[:-1] if row and row[-1] == eos else row for row in rows]
 
 
 def encode(tokenizer, text):
-    """Token ids of a prompt: with the tokenizer's BOS if it has that habit, never with a closing EOS."""
-    ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    return encode_all(tokenizer, [text])[0]
 
 
-def action_labels(tokenizer, prompt=ACTION_HEADER):
-    """`(labels, ids)`: strings that continue a policy prompt by exactly one token, pairwise distinct, for any menu.
+# ---------------------------------------------------------------------------------------------------------
+# Labels: one-token names of actions
 
-    Letters first, then digits, then short words of the vocabulary. "10" is two tokens to a digit-splitting
-    tokenizer, and SentencePiece may add a space: so each candidate is tried behind the real end of a prompt.
-    """
-    vocabulary = sorted(
-        {token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha()}, key=lambda t: (len(t), t)
-    )
-    before, labels, ids = encode(tokenizer, prompt), [], []
-    for label in [*LABELS, *vocabulary]:
-        after = encode(tokenizer, prompt + label)
-        if len(after) == len(before) + 1 and after[:-1] == before and after[-1] not in (*ids, tokenizer.unk_token_id):
-            labels.append(label)
-            ids.append(after[-1])
-        if len(labels) == 128:
-            break
-    return labels, ids
+LABELS = string.ascii_uppercase + string.ascii_lowercase + string.digits  # the labels to try first
+MOST_LABELS = 128
 
 
 class Labels:
     """Names the actions of a menu by one token each: `labels(actions)` gives `(labels, token ids)`, all distinct.
 
-    `letters`: A, B, C, ... in the menu's order (the paper numbers its actions). `words`: a token of the action's own text, the one
-    that the fewest actions of the menu share (`cat price list.md` -> ` price`), or a letter where all are taken. To
-    answer with a letter means to look it up in the menu, which the nano base LM cannot do where the menu changes; a
-    word needs no more than to be copied. Words do not depend on the menu's order: it is served alphabetically.
-    Where the tokenizer has too few labels, a `UserError` names both counts.
+    `letters`: A, B, C, ... in the menu's order. `words`: a token of the action's own text, the one that the fewest
+    actions of the menu share (`cat price list.md` -> ` price`), or a letter where all are taken. To answer with a
+    letter means to look it up in the menu, which the nano base LM cannot do where the menu changes; a word needs no
+    more than to be copied. Where the tokenizer has too few labels, a `UserError` names both counts.
     """
 
     def __init__(self, tokenizer, kind="letters"):
-        if kind not in ("letters", "words"):
-            raise UserError(f"labels are letters or words, not {kind!r}")
         self.tokenizer, self.kind = tokenizer, kind
-        self.letters, self.ids = action_labels(tokenizer)
-        self.end = encode(tokenizer, ACTION_HEADER)
-        self.spelt, self.menus = {}, {}
+        self.end = encode(tokenizer, ACTION_HEADER)  # what every policy prompt ends with
+        self.letters, self.menus = {}, {}  # token id -> label; actions -> what was answered before
+        short = sorted(filter(str.isalpha, tokenizer.get_vocab()), key=lambda word: (len(word), word))
+        for label in [*LABELS, *filter(str.isascii, short)]:  # letters, digits, then short words
+            token = self.one_token(label)
+            if token is not None and len(self.letters) < MOST_LABELS:
+                self.letters.setdefault(token, label)
+
+    def one_token(self, text):
+        """The id of the single token by which `text` continues the end of a prompt, or None.
+
+        "10" is two tokens to a tokenizer that splits digits, and SentencePiece may put a space before a letter.
+        """
+        *before, token = encode(self.tokenizer, ACTION_HEADER + text)
+        return token if before == self.end and token != self.tokenizer.unk_token_id else None
 
     def __call__(self, actions):
-        actions = tuple(actions)
         if actions not in self.menus:
-            if len(self.menus) > 100_000:
+            if len(self.menus) > 100_000:  # bounds the memory of a long run
                 self.menus.clear()
             self.menus[actions] = self.name(actions)
         return self.menus[actions]
 
     def name(self, actions):
-        chosen = [None] * len(actions)
-        if self.kind == "words":
-            tokens = [self.words_of(action) for action in actions]
-            shared, taken = collections.Counter(t for row in tokens for t in set(row)), set()
-            for i in sorted(range(len(actions)), key=lambda i: actions[i]):
-                chosen[i] = min((t for t in tokens[i] if t not in taken), key=shared.__getitem__, default=None)
+        chosen = self.words(actions) if self.kind == "words" else {}  # index -> (token id, label)
+        taken = {token for token, _ in chosen.values()}
+        free = [letter for letter in self.letters.items() if letter[0] not in taken]
+        if len(free) < len(actions) - len(chosen):
+            raise UserError(f"{len(actions)} actions, but this tokenizer has only {len(self.letters)} one-token labels")
+        named = [chosen[i] if i in chosen else free.pop(0) for i in range(len(actions))]
+        ids, labels = zip(*named, strict=True)
+        return labels, ids
+
+    def words(self, actions):
+        """`{index of an action: (token id, text) of one of its words}`: the rarest of the menu, no token twice."""
+        words, count = {}, collections.Counter()
+        for action in actions:
+            words[action] = self.words_of(action)
+            count.update(set(words[action]))
+        chosen, taken = {}, set()
+        # In alphabetical order, so that the words do not depend on the menu's order.
+        for i in sorted(range(len(actions)), key=actions.__getitem__):
+            free = [word for word in words[actions[i]] if word not in taken]
+            if free:
+                chosen[i] = min(free, key=count.__getitem__)
                 taken.add(chosen[i])
-        free = [t for t in self.ids if t not in chosen]
-        if chosen.count(None) > len(free):
-            raise UserError(f"{len(actions)} actions, but this tokenizer has only {len(self.ids)} one-token labels")
-        ids = tuple(free.pop(0) if t is None else t for t in chosen)
-        letters = dict(zip(self.ids, self.letters, strict=True))
-        return [letters.get(t) or self.spell(t) for t in ids], ids
+        return chosen
 
     def words_of(self, action):
-        """Ids of the tokens that can be an action's label: those that may follow a prompt, and that are read in the
-        action (a tokenizer may have marks of its own). In the middle of a line, where words begin with their space."""
-        before, both = encode(self.tokenizer, "A"), encode(self.tokenizer, f"A {action}")
-        return [t for t in both[len(before) :] if self.spell(t) and self.spell(t).strip() in action]
+        """`(token id, text)` of each token that may follow a prompt and is read in the action.
 
-    def spell(self, token):
-        """The text that continues a policy prompt by just this token, or None."""
-        if token not in self.spelt:
+        The action is encoded behind a letter: in the middle of a line words begin with their space.
+        """
+        found = []
+        for token in encode(self.tokenizer, f"A {action}")[len(encode(self.tokenizer, "A")) :]:
             text = self.tokenizer.decode([token])
-            texts = [
-                t
-                for t in (text, f" {text}")
-                if t.strip() and encode(self.tokenizer, ACTION_HEADER + t) == [*self.end, token]
-            ]
-            self.spelt[token] = texts[0] if texts else None
-        return self.spelt[token]
+            # SentencePiece drops a token's space when it decodes it alone: a second try with it.
+            for spelling in (text, f" {text}"):
+                if text.strip() and text.strip() in action and self.one_token(spelling) == token:
+                    found.append((token, self.letters.get(token, spelling)))
+                    break
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -157,40 +173,29 @@ class Labels:
 
 
 class LoRALinear(nn.Module):
-    """A frozen `nn.Linear` or GPT-2 `Conv1D` with any number of named low-rank updates, at most one of them active."""
+    """A frozen `nn.Linear` or GPT-2 `Conv1D` with named low-rank updates, of which at most one is active."""
 
     def __init__(self, base):
         super().__init__()
         self.base = base
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scale, self.active = {}, None
-        weight = base.weight
-        # Conv1D stores its weight transposed, (in, out)
-        self.out_features, self.in_features = reversed(weight.shape) if isinstance(base, Conv1D) else weight.shape
 
     def add(self, name, r, alpha):
-        device = self.base.weight.device
-        self.lora_A[name] = nn.Parameter(torch.empty(r, self.in_features, device=device))
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device))  # B = 0: no change at first
+        weight = self.base.weight
+        # Conv1D keeps its weight transposed
+        d_out, d_in = reversed(weight.shape) if isinstance(self.base, Conv1D) else weight.shape
+        self.lora_A[name] = nn.Parameter(torch.empty(r, d_in, device=weight.device))
+        self.lora_B[name] = nn.Parameter(torch.zeros(d_out, r, device=weight.device))  # B = 0: no change at first
         nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
         self.scale[name] = alpha / r
 
-    def forward(self, x):  # (..., in) -> (..., out)
+    def forward(self, x):  # (..., d_in) -> (..., d_out)
         if self.active is None:
             return self.base(x)
-        A, B, scale = self.lora_A[self.active], self.lora_B[self.active], self.scale[self.active]
-        if self.merging_pays(x):
-            weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-            return F.linear(x, torch.addmm(weight, B, A, alpha=scale), self.base.bias)
-        A, B = scale * A.to(x.dtype), B.to(x.dtype)
-        return self.base(x) + F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
-
-    def merging_pays(self, x):
-        """Whether W + scale B A, made for this call only, is cheaper than the detour over rank r: where no gradient is
-        wanted, for many tokens. Not in bf16, where a small B A would vanish in W's rounding."""
-        exact = x.dtype == self.base.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        many = x.numel() * (1 + self.out_features / self.in_features) > self.in_features * self.out_features
-        return exact and many and not torch.is_grad_enabled()
+        A, B = self.lora_A[self.active], self.lora_B[self.active]
+        # Rank r in between: never a full-size matrix. The scale goes on A, which is smaller than x.
+        return self.base(x) + F.linear(F.linear(x, A * self.scale[self.active]), B)
 
 
 def lora_layers(model):
@@ -200,29 +205,23 @@ def lora_layers(model):
 def add_adapter(model, name, r=16, alpha=8, targets=None):
     """Add a named adapter to every linear layer but the LM head, or to those whose last name is in `targets`.
 
-    The first call freezes the base and wraps its layers; r 16 and alpha 8 are the paper's.
+    The first adapter freezes the base. r 16 and alpha 8 are the paper's.
     """
-    head = model.get_output_embeddings()
+    if not lora_layers(model):
+        model.requires_grad_(False)
+    added = 0
     for path, module in list(model.named_modules()):
-        leaf = path.rpartition(".")[2]
-        if (
-            isinstance(module, (nn.Linear, Conv1D))
-            and module is not head
-            and leaf != "base"
-            and (not targets or leaf in targets)
-        ):
-            parent = model.get_submodule(path.rpartition(".")[0])
-            setattr(parent, leaf, LoRALinear(module))
-    layers = {
-        path: layer for path, layer in lora_layers(model).items() if not targets or path.rpartition(".")[2] in targets
-    }
-    if not layers:
+        parent, _, leaf = path.rpartition(".")
+        if leaf == "base" or module is model.get_output_embeddings() or (targets and leaf not in targets):
+            continue
+        if isinstance(module, (nn.Linear, Conv1D)):
+            module = LoRALinear(module)
+            setattr(model.get_submodule(parent), leaf, module)
+        if isinstance(module, LoRALinear):
+            module.add(name, r, alpha)
+            added += 1
+    if not added:
         raise UserError(f"the model has no linear layer to adapt{f' among {sorted(targets)}' if targets else ''}")
-    for layer in layers.values():
-        layer.add(name, r, alpha)
-    for path, parameter in model.named_parameters():
-        if ".lora_" not in path:
-            parameter.requires_grad_(False)
 
 
 def use_adapter(model, name):
@@ -231,89 +230,116 @@ def use_adapter(model, name):
         layer.active = name if name in layer.lora_A else None
 
 
+def adapter_tensors(model, name):
+    """`{PEFT's name: parameter}` of an adapter."""
+    tensors = {}
+    for path, layer in lora_layers(model).items():
+        if name in layer.lora_A:
+            tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_A[name]
+            tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_B[name]
+    return tensors
+
+
 def adapter_parameters(model, name):
-    return [
-        p
-        for layer in lora_layers(model).values()
-        if name in layer.lora_A
-        for p in (layer.lora_A[name], layer.lora_B[name])
-    ]
+    return list(adapter_tensors(model, name).values())
 
 
 def save_adapter(model, name, folder):
-    """Write one adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
+    """Write an adapter in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
-    tensors = {
-        f"base_model.model.{path}.lora_{AB}.weight": getattr(layer, f"lora_{AB}")[name].detach().cpu().contiguous()
-        for path, layer in layers.items()
-        for AB in "AB"
-    }
     first = next(iter(layers.values()))
-    r = first.lora_A[name].shape[0]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": r,
-        "lora_alpha": first.scale[name] * r,
+        "r": len(first.lora_A[name]),
+        "lora_alpha": first.scale[name] * len(first.lora_A[name]),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": isinstance(first.base, Conv1D),
         "inference_mode": True,
         "base_model_name_or_path": model.name_or_path,
         "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")  # last: it says "complete"
+    tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_tensors(model, name).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")  # last: it says "complete"
+
+
+# PEFT's fields that change what an adapter computes; plain LoRA has none of them
+REFUSED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
 
 
 def load_adapter(model, name, folder):
-    """Read an adapter in PEFT's format, ours or `peft`'s, under a name; the model may be bare or already wrapped."""
+    """Read an adapter in PEFT's format, ours or `peft`'s, under a name; the model may be bare or carry others."""
     folder = Path(folder)
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder} holds no complete adapter: {error}") from None
-    unsupported = [
-        key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)
-    ]
-    if unsupported or config.get("bias", "none") != "none" or config.get("peft_type") != "LORA":
-        raise UserError(
-            f"{folder}: only plain LoRA is supported, not {', '.join(unsupported) or 'this kind of adapter'}"
-        )
-    targets = {key.split(".lora_")[0].rpartition(".")[2] for key in tensors}
-    add_adapter(model, name, config["r"], config["lora_alpha"], targets)
-    wanted = {
-        f"base_model.model.{path}.lora_{AB}.weight": getattr(layer, f"lora_{AB}")[name]
-        for path, layer in lora_layers(model).items()
-        if name in layer.lora_A
-        for AB in "AB"
-    }
-    if {key: t.shape for key, t in tensors.items()} != {key: p.shape for key, p in wanted.items()}:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        saved = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        r, alpha, kind = config["r"], config["lora_alpha"], config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder} holds no complete adapter: {error!r}") from None
+    if kind != "LORA" or config.get("bias", "none") != "none":
+        raise UserError(f"{folder}: only plain LoRA without biases is supported, not {kind}")
+    for field in REFUSED:
+        if config.get(field):
+            raise UserError(f"{folder}: only plain LoRA is supported, not {field}")
+    if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
+        raise UserError(f"{folder} has weights that are not finite")
+    add_adapter(model, name, r, alpha, {key.split(".lora_")[0].rpartition(".")[2] for key in saved})
+    parameters = adapter_tensors(model, name)
+    if {key: p.shape for key, p in parameters.items()} != {key: tensor.shape for key, tensor in saved.items()}:
         raise UserError(f"{folder} was made for another base model: its layers or shapes do not fit")
     with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
+        for key, parameter in parameters.items():
+            parameter.copy_(saved[key])
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The two players
 
 
-def load_base(path="nano", device="cpu", dtype=torch.float32):
-    """A causal LM and its tokenizer from a Hugging Face directory (or a hub name, if there is a network)."""
+@dataclasses.dataclass
+class Step:
+    """One decision, from the state in which it is made to the loss.
+
+    The players make it, play adds action and reward, `rl.py` the advantage. Nothing of it is made twice.
+    """
+
+    state: str
+    actions: tuple
+    reflection: str | None = None
+    prompt: str = ""  # of the policy
+    ids: list = None  # token ids of the prompt
+    menu: tuple = ()  # label token ids of the actions
+    log_probs: list = None  # of all actions
+    action: int = -1  # index of the one taken
+    reward: float = 0.0
+    advantage: float = 0.0
+    target: float = 0.0  # what the critic should have said
+    weight: float = 1.0  # of a replayed step: min(1, pi / mu)
+
+    @property
+    def log_prob(self):
+        return self.log_probs[self.action]
+
+
+def load_base(path="nano", device="cpu"):
+    """A causal LM and its tokenizer from a Hugging Face directory (or a hub name, if there is a network).
+
+    Code that comes with a checkpoint is never run.
+    """
     path = NANO if path == "nano" else path
-    if not os.path.isdir(path) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
-        raise UserError(f"{path} is no directory")  # nor a name on the hub, which would be asked for a minute
+    is_folder = os.path.isdir(path)
+    if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
+        raise UserError(f"{path} is no directory")  # nor a name of the hub, which would be asked for a minute
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        what = "causal LM with a tokenizer" if os.path.isdir(path) else "directory, and no causal LM from the hub"
-        raise UserError(f"{path} is no {what}: {str(error).splitlines()[0]}") from None
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).to(device)
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        what = "causal LM with a tokenizer" if is_folder else "directory, and no causal LM from the hub"
+        raise UserError(f"{path} is no {what}: {(str(error) or repr(error)).splitlines()[0]}") from None
     if not encode(tokenizer, ACTION_HEADER):
         raise UserError(f"{path} holds no tokenizer")
     if tokenizer.eos_token_id is None:
@@ -322,346 +348,316 @@ def load_base(path="nano", device="cpu", dtype=torch.float32):
 
 
 class Players:
-    """Reflector and policy on one base.
+    """Reflector and policy on one base. `reflection=False` leaves the reflector out (the paper's ablation).
 
-    `reflection=False` leaves the reflector out (the ablation); `reflect_temperature` 0 is greedy and memoised by state
-    text, for the reflector is frozen when it plays. `forward_passes` of either kind run without dropout.
+    No forward pass has more than `micro_batch` texts.
     """
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        reflection=True,
-        reflect_temperature=0.0,
-        max_reflection=96,
-        bf16=False,
-        memo_size=100_000,
-        labels="letters",
-    ):
+    memo_size = 100_000  # reflections remembered
+
+    def __init__(self, model, tokenizer, reflection=True, labels="letters", max_reflection=96, bf16=False,
+                 micro_batch=32):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self.labels = Labels(tokenizer, labels)
-        self.reflection, self.reflect_temperature, self.max_reflection = reflection, reflect_temperature, max_reflection
+        self.reflection, self.max_reflection = reflection, max_reflection
+        self.bf16, self.micro_batch = bf16, micro_batch
         self.context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-        self.bf16, self.memo_size = bf16, memo_size
-        self.generator = torch.Generator().manual_seed(0)  # samples reflections, where that is asked for
-        self.known, self.version, self.weights = {}, [], []  # see `scores`
-        self.clear_memo()
-
-    def clear_memo(self):
-        """Forget all reflections: call it when the reflector has changed."""
-        self.memo = collections.OrderedDict()
+        # The reflector is frozen and greedy: its reflection of a state is written once.
+        self.reflections = {}
         self.counts = collections.Counter(hits=0, misses=0, cuts=0)  # of reflections: known, written, cut off
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def prompt(self, state, reflection, actions):
-        return policy_prompt(state, reflection, actions, self.labels(actions)[0])
+    def left_pad(self, rows, room=0):
+        """Rows of token ids -> ids, mask and positions, each (B, T); the last real token of every row is at -1.
 
-    def label_ids(self, actions):
-        """Token ids of the labels of a menu, a tuple."""
-        return self.labels(actions)[1]
-
-    def left_pad(self, prompts, room=0):
-        """Token ids, mask and positions, each (B, T), last real token at -1. The mask comes from lengths, not ids,
-        so a pad id that equals EOS does no harm."""
-        rows = [encode(self.tokenizer, prompt) for prompt in prompts]
+        The mask comes from lengths, so a padding id that equals EOS does no harm. `room`: tokens still to be written.
+        """
         longest = max(map(len, rows))
         if longest + room > self.context:
-            raise UserError(
-                f"a prompt of {longest} tokens{f' and {room} to write' if room else ''} exceeds the model's context "
-                f"of {self.context}: give the environment a smaller text budget"
-            )
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        return ids.to(self.device), mask.to(self.device), (mask.cumsum(1) - 1).clamp(min=0).to(self.device)
+            raise UserError(f"a prompt of {longest} tokens, and {room} to write, exceeds the model's context of "
+                            f"{self.context}: give the environment a smaller text budget")
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, longest - len(row) :] = torch.tensor(row)
+            mask[i, longest - len(row) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return ids.to(self.device), mask.to(self.device), positions.to(self.device)
 
-    def features(self, prompts, adapter="policy"):
-        """The policy's last hidden state at the last real position, (B, d). Equal prompts share one forward pass."""
-        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        use_adapter(self.model, adapter)
-        ids, mask, positions = self.left_pad(list(unique))
-        with self.autocast():
-            hidden = self.model.base_model(
-                ids, attention_mask=mask, position_ids=positions, use_cache=False
-            ).last_hidden_state
-        return hidden[:, -1][[unique[prompt] for prompt in prompts]]
+    # Player 1
 
-    def score(self, features, menus):
-        """Log-probabilities of the actions, (B, A) in fp32: row b has len(menus[b]) valid ones, the rest is -inf.
-        `menus` holds the label token ids of each row; only these rows of the LM head are multiplied."""
-        head, longest = self.model.get_output_embeddings(), max(map(len, menus))
-        ids = torch.tensor(
-            [[*menu, *[menu[0]] * (longest - len(menu))] for menu in menus], device=self.device
-        )  # (B, A)
-        logits = torch.einsum("bd,bad->ba", features.float(), head.weight[ids].float())
-        if getattr(head, "bias", None) is not None:
-            logits = logits + head.bias[ids].float()
-        counts = torch.tensor([len(menu) for menu in menus], device=self.device)
-        valid = torch.arange(longest, device=self.device) < counts[:, None]
-        return logits.masked_fill(~valid, -torch.inf).log_softmax(-1)
-
-    def log_probs(self, prompts, menus, adapter="policy"):
-        """`score` of the `features`: what rollout and update both call."""
-        return self.score(self.features(prompts, adapter), menus)
-
-    @torch.no_grad()
-    def scores(self, prompts, menus):
-        """`log_probs` as lists of floats, remembered while the policy's weights stay as they are: states come back."""
-        weights = adapter_parameters(self.model, "policy")
-        version = [(id(p), p._version) for p in weights]  # _version grows with every change in place
-        if version != self.version or len(self.known) > self.memo_size:
-            self.known, self.version, self.weights = {}, version, weights  # kept, so that no id is used again
-        new = {prompt: menu for prompt, menu in zip(prompts, menus, strict=True) if prompt not in self.known}
-        if new:
-            rows = self.log_probs(list(new), list(new.values())).cpu()
-            for (prompt, menu), row in zip(new.items(), rows, strict=True):
-                self.known[prompt] = row[: len(menu)].tolist()
-        return [self.known[prompt] for prompt in prompts]
-
-    @torch.no_grad()
+    @torch.inference_mode()
     def reflect(self, states):
         """One reflection per state, a single line of text."""
-        if self.reflect_temperature > 0:
-            return self.generate([reflector_prompt(state) for state in states])
-        new = [state for state in dict.fromkeys(states) if state not in self.memo]
+        new = [state for state in dict.fromkeys(states) if state not in self.reflections]
         self.counts.update(misses=len(new), hits=len(states) - len(new))
-        fresh = self.generate([reflector_prompt(state) for state in new]) if new else []
-        known = {state: self.memo[state] for state in states if state in self.memo} | dict(zip(new, fresh, strict=True))
-        self.memo.update(zip(new, fresh, strict=True))
-        while len(self.memo) > self.memo_size:
-            self.memo.popitem(last=False)
-        return [known[state] for state in states]
+        for start in range(0, len(new), self.micro_batch):
+            part = new[start : start + self.micro_batch]
+            written = self.generate([reflector_prompt(state) for state in part])
+            self.reflections.update(zip(part, written, strict=True))
+        texts = [self.reflections[state] for state in states]
+        while len(self.reflections) > self.memo_size:  # forget the oldest
+            del self.reflections[next(iter(self.reflections))]
+        return texts
 
     def generate(self, prompts):
-        """Decode with a KV cache until EOS, all rows at once; a finished row leaves the batch."""
+        """Greedy decoding with a KV cache until EOS, all prompts at once; a finished row leaves the batch."""
         use_adapter(self.model, "reflect")
-        ids, mask, positions = self.left_pad(prompts, room=self.max_reflection)
-        rows, written, cache = torch.arange(len(prompts)), [[] for _ in prompts], None
+        ids, mask, positions = self.left_pad(encode_all(self.tokenizer, prompts), room=self.max_reflection)
+        rows, written, cache = list(range(len(prompts))), [[] for _ in prompts], None
         for _ in range(self.max_reflection):
             with self.autocast():
-                output = self.model(
-                    ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            cache = output.past_key_values
-            token = self.pick(output.logits[:, -1].float())  # (B,)
+                output = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                    use_cache=True, logits_to_keep=1)
+            token, cache = output.logits[:, -1].argmax(-1), output.past_key_values  # (B,)
             going = (token != self.tokenizer.eos_token_id).nonzero()[:, 0]
             if len(going) < len(rows):
-                rows, token, mask, positions = rows[going.cpu()], token[going], mask[going], positions[going]
+                rows = [rows[i] for i in going.tolist()]
+                token, mask, positions = token[going], mask[going], positions[going]
                 cache.batch_select_indices(going)
-            if not len(rows):
+            if not rows:
                 break
-            for row, t in zip(rows.tolist(), token.tolist(), strict=True):
+            for row, t in zip(rows, token.tolist(), strict=True):
                 written[row].append(t)
             ids, positions = token[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        self.counts["cuts"] += len(rows)
-        cut = set(rows.tolist())
-        return [self.close(self.tokenizer.decode(tokens), row in cut) for row, tokens in enumerate(written)]
+        self.counts["cuts"] += len(rows)  # those that are still going were cut off by the limit
+        texts = [one_line(self.tokenizer.decode(tokens)) for tokens in written]
+        for row in rows:  # end a cut text with its last whole sentence, as SFT's texts do
+            texts[row] = texts[row][: texts[row].rfind(".") + 1] or texts[row]
+        return texts
 
-    def pick(self, logits):
-        if self.reflect_temperature <= 0:
-            return logits.argmax(-1)
-        probabilities = (logits / self.reflect_temperature).softmax(-1).cpu()
-        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0].to(logits.device)
+    # Player 2
 
-    @staticmethod
-    def close(text, cut):
-        """The form that SFT texts have: one line; a cut reflection ends with its last whole sentence."""
-        text = " ".join(text.split())
-        return text[: text.rfind(".") + 1] or text if cut else text
+    def steps(self, states, menus, reflections=None):
+        """A `Step` for each state and its actions: reflection, prompt and menu; nothing is scored yet.
 
-    @torch.no_grad()
-    def __call__(self, states, actions, envs=None):
-        """The actor interface of `play`: reflections (or Nones) and log-probabilities, a list of floats a state."""
-        reflections = self.reflect(states) if self.reflection else [None] * len(states)
-        prompts = [self.prompt(*row) for row in zip(states, reflections, actions, strict=True)]
-        return reflections, self.scores(prompts, [self.label_ids(a) for a in actions])
+        The reflector writes the reflections, unless they are given (the teacher's, in SFT).
+        """
+        if reflections is None:
+            reflections = self.reflect(states) if self.reflection else [None] * len(states)
+        steps = []
+        for state, actions, reflection in zip(states, menus, reflections, strict=True):
+            labels, menu = self.labels(actions)
+            steps.append(Step(state, actions, reflection, policy_prompt(state, reflection, actions, labels), menu=menu))
+        # All prompts of a turn at once: the tokenizer is fast on many texts.
+        for step, ids in zip(steps, encode_all(self.tokenizer, [step.prompt for step in steps]), strict=True):
+            step.ids = ids
+        return steps
+
+    def forward(self, steps, adapter="policy", hidden=False):
+        """Logits at the end of each prompt, (B, V), by the model's own forward: some models scale or cap them.
+
+        With `hidden` also the last hidden state there, (B, d). Equal prompts share one row of the forward pass.
+        """
+        row_of = {}
+        for step in steps:
+            row_of.setdefault(step.prompt, (len(row_of), step.ids))
+        index, rows = [row_of[step.prompt][0] for step in steps], [ids for _, ids in row_of.values()]
+        use_adapter(self.model, adapter)
+        ids, mask, positions = self.left_pad(rows)
+        with self.autocast():
+            output = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1,
+                                output_hidden_states=hidden)
+        logits = output.logits[:, -1][index]
+        return (logits, output.hidden_states[-1][:, -1][index]) if hidden else logits
+
+    def log_probs(self, logits, steps):
+        """Log-probabilities of the actions, (B, A) in fp32: row b has len(steps[b].menu) valid ones, the rest -inf."""
+        longest = max(len(step.menu) for step in steps)
+        ids = torch.zeros(len(steps), longest, dtype=torch.long)
+        valid = torch.zeros(len(steps), longest, dtype=torch.bool)
+        for row, step in enumerate(steps):
+            ids[row, : len(step.menu)] = torch.tensor(step.menu)
+            valid[row, : len(step.menu)] = True
+        chosen = logits.float().gather(1, ids.to(logits.device))  # (B, A)
+        return chosen.masked_fill(~valid.to(logits.device), -torch.inf).log_softmax(-1)
+
+    @torch.inference_mode()
+    def score(self, steps, adapter="policy"):
+        """Set `log_probs` of the steps, in micro-batches of about one length."""
+        ordered = sorted(steps, key=lambda step: len(step.ids))
+        for start in range(0, len(ordered), self.micro_batch):
+            part = ordered[start : start + self.micro_batch]
+            rows = self.log_probs(self.forward(part, adapter), part).tolist()
+            for step, row in zip(part, rows, strict=True):
+                step.log_probs = row[: len(step.menu)]
+
+    # Both
+
+    def __call__(self, episodes, known):
+        """The next step of each episode: what `play` asks of an actor.
+
+        `known` is a dict of this call of `play`: a state that comes back is decided as before, because no weight
+        changes while playing.
+        """
+        keys = [(episode.state, episode.actions) for episode in episodes]
+        new = [key for key in dict.fromkeys(keys) if key not in known]
+        if new:
+            steps = self.steps(*zip(*new, strict=True))
+            self.score(steps)
+            known.update(zip(new, steps, strict=True))
+        return [dataclasses.replace(known[key]) for key in keys]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Play
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One decision; with `Episode`, all that the update gets to know of play."""
-
-    state: str
-    reflection: str | None
-    actions: tuple
-    action: int
-    log_prob: float
-    reward: float
-    terminated: bool
-    truncated: bool
-    success: bool
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Episode:
+    """A task while it is played, and afterwards: `state` and `actions` are those that come next."""
+
     task: object
-    steps: tuple
-    final_state: str  # what the last step led to; a critic values it where the horizon cut the episode off
-    final_actions: tuple
+    rng: random.Random = None  # its own, and none when it is over; so is the environment
+    env: object = None
+    state: str = ""
+    actions: tuple = ()
+    steps: list = dataclasses.field(default_factory=list)
+    success: bool = False
+    terminated: bool = False
+    truncated: bool = False
 
     @property
-    def success(self):
-        return self.steps[-1].success
+    def over(self):
+        return self.terminated or self.truncated
 
     @property
     def total(self):
         """Undiscounted return."""
         return sum(step.reward for step in self.steps)
 
+    def begin(self, env, options):
+        self.env = env
+        state, info = env.reset(seed=self.rng.getrandbits(32), options={**(options or {}), "task": self.task})
+        self.see(state, info)
 
-def choose(log_probs, rng, greedy):
-    """Index of an action: the most probable one, or a sample (temperature 1) drawn with the episode's own RNG."""
-    if greedy:
-        return max(range(len(log_probs)), key=log_probs.__getitem__)
-    return rng.choices(range(len(log_probs)), [math.exp(p) for p in log_probs])[0]
+    def see(self, state, info):
+        """Copy what the environment returned: it may change its `info` at the next step."""
+        self.state, self.actions, self.success = state, tuple(info["actions"]), bool(info["success"])
+
+    def take(self, step, greedy):
+        """Choose the action of a step, a sample (temperature 1) or the most probable one, and carry it out."""
+        if greedy:
+            step.action = step.log_probs.index(max(step.log_probs))
+        else:
+            weights = [math.exp(log_prob) for log_prob in step.log_probs]
+            step.action = self.rng.choices(range(len(weights)), weights)[0]
+        state, reward, terminated, truncated, info = self.env.step(step.action)
+        step.reward, self.terminated, self.truncated = float(reward), bool(terminated), bool(truncated)
+        self.see(state, info)
+        self.steps.append(step)
 
 
-def play(actor, make_env, tasks, *, options=None, seed=0, greedy=False, batch=64, numbers=None):
-    """Play one episode per task, at most `batch` at a time; the list of `Episode`s is in the order of the tasks.
+def play(actor, make_env, tasks, options=None, seed=0, numbers=None, greedy=False, batch=64):
+    """One `Episode` per task, in the order of the tasks, at most `batch` of them side by side.
 
     An environment that ends gets the next task at once, so the batch stays full. Episode i draws from an RNG of its
-    own, seeded by `(seed, numbers[i])` (numbers: 0, 1, ...): what it does depends on no other episode.
-    `actor(states, actions, envs)` gives reflections and log-probabilities (see `Players.__call__`).
+    own, seeded by `(seed, numbers[i])`: what it does depends on no other. `actor(episodes, known)` gives a scored
+    `Step` for each (see `Players.__call__`).
     """
-    waiting, slots, finished = collections.deque(enumerate(tasks)), [], [None] * len(tasks)
-    spare = [make_env() for _ in range(min(batch, len(tasks)))]
-    while waiting or slots:
-        while waiting and spare:
-            i, task = waiting.popleft()
-            env, rng = spare.pop(), random.Random(f"{seed}/{numbers[i] if numbers else i}")
-            state, info = env.reset(seed=rng.getrandbits(32), options={**(options or {}), "task": task})
-            slots.append((i, env, rng, [], state, info))
-        states, actions = [slot[4] for slot in slots], [slot[5]["actions"] for slot in slots]
-        reflections, log_probs = actor(states, actions, [slot[1] for slot in slots])
-        playing = []
-        for (i, env, rng, steps, state, info), reflection, row in zip(slots, reflections, log_probs, strict=True):
-            action = choose(row, rng, greedy)
-            after, reward, terminated, truncated, new_info = env.step(action)
-            steps.append(
-                Step(
-                    state,
-                    reflection,
-                    info["actions"],
-                    action,
-                    row[action],
-                    float(reward),
-                    bool(terminated),
-                    bool(truncated),
-                    bool(new_info["success"]),
-                )
-            )
-            if not (terminated or truncated):
-                playing.append((i, env, rng, steps, after, new_info))
-                continue
-            spare.append(env)
-            finished[i] = Episode(tasks[i], tuple(steps), after, new_info["actions"])
-        slots = playing
-    return finished
+    episodes = []
+    for number, task in zip(numbers or range(len(tasks)), tasks, strict=True):
+        episodes.append(Episode(task, random.Random(f"{seed}/{number}")))
+    waiting, playing, known = collections.deque(episodes), [], {}
+    free = [make_env() for _ in range(min(batch, len(tasks)))]
+    while waiting or playing:
+        while waiting and free:
+            episode = waiting.popleft()
+            episode.begin(free.pop(), options)
+            playing.append(episode)
+        for episode, step in zip(playing, actor(playing, known), strict=True):
+            episode.take(step, greedy)
+        still = []
+        for episode in playing:
+            if episode.over:
+                free.append(episode.env)
+                episode.env = episode.rng = None
+            else:
+                still.append(episode)
+        playing = still
+    return episodes
 
 
-def show_step(step, log_probs=None):
-    """A step as text: state, reflection, the menu with probabilities (those known), the action taken, the reward."""
-    lines = [step.state] + ([f"# Analyze:\n{step.reflection}"] if step.reflection is not None else [])
-    for i, action in enumerate(step.actions):
-        p = math.exp(log_probs[i]) if log_probs else math.exp(step.log_prob) if i == step.action else None
-        lines.append(f"  {'>' if i == step.action else ' '} {'' if p is None else f'{p:6.1%}':>6}  {action}")
-    end = " success" if step.success else " failure" if step.terminated else " out of time" if step.truncated else ""
-    return "\n".join(lines) + f"\nreward {step.reward:+.2f}{end}\n"
+def show(episode):
+    """An episode as text: each state, reflection, menu with probabilities, the action taken (>), the reward."""
+    lines = []
+    for step in episode.steps:
+        lines.append(step.state)
+        if step.reflection is not None:
+            lines += ["# Analyze:", step.reflection]
+        for i, (action, log_prob) in enumerate(zip(step.actions, step.log_probs, strict=True)):
+            lines.append(f"  {'>' if i == step.action else ' '} {math.exp(log_prob):6.1%}  {action}")
+        lines.append(f"reward {step.reward:+.2f}\n")
+    word = "success" if episode.success else "failure" if episode.terminated else "out of time"
+    return "\n".join([*lines, f"{word} after {len(episode.steps)} steps, return {episode.total:+.2f}"])
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Command line
+# Options: tables `{name: (default, what it is)}`, with a third entry for the allowed values or the least one
+
+COMMON = {
+    "env": ("taxi", "taxi, autoexplore, alfworld, or yours as package.module:Class"),
+    "env_option": ([], "KEY=VALUE for the environment's constructor, repeatable, such as mode=pickup"),
+    "repos": ("", "AutoExplore: a directory of yours instead of the shipped repositories"),
+    "base": ("nano", "directory of the base LM; nano is the shipped models/nano"),
+    "labels": ("letters", "one-token names of the actions, see Labels", ("letters", "words")),
+    "max_reflection": (96, "token limit of a reflection", 1),
+    "runs": ("runs", "folder of all runs"),
+    "seed": (0, "seed of everything"),
+    "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 or mps"),
+    "bf16": ("auto", "bf16 autocast; auto: on GPUs that have it", ("auto", "on", "off")),
+    "micro_batch": (32, "most texts in a forward pass, for memory; the results stay the same", 1),
+}
 
 
-def parse_option(text):
-    """`key=value` of an environment option; the value is JSON where it parses, else text."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+def add_options(parser, *tables):
+    """Add tables of options. A flag that is on by default becomes --no-NAME; a typo or a wrong value is an error."""
+    for name, (default, text, *limit) in [row for table in tables for row in table.items()]:
+        option, details = "--" + name.replace("_", "-"), {"default": default, "dest": name, "help": text}
+        if default is True:
+            option, details["action"] = "--no-" + option[2:], "store_false"
+        elif default is False:
+            details["action"] = "store_true"
+        elif default == []:
+            details |= {"action": "append", "type": key_and_value, "metavar": "KEY=VALUE"}
+        elif limit and isinstance(limit[0], tuple):
+            details["choices"] = limit[0]
+        else:
+            details["type"] = number(type(default), *limit) if limit else type(default)
+            details["help"] += f" (default: {default})" if default != "" else ""
+        parser.add_argument(option, **details)
 
 
-def add_common_options(parser):
-    """The options that every script shares: what is played, with what, where results go."""
-    group = parser.add_argument_group("environment and model")
-    group.add_argument("--env", default="taxi", help=f"{', '.join(envs.ENVS)}, or package.module:Class (default: taxi)")
-    group.add_argument(
-        "--env-option",
-        action="append",
-        default=[],
-        type=parse_option,
-        metavar="KEY=VALUE",
-        help="an option of the environment's constructor, repeatable, such as mode=pickup",
-    )
-    group.add_argument("--repos", metavar="DIR", help="AutoExplore: your repositories instead of data/repos")
-    group.add_argument("--games", metavar="PATH", help="ALFWorld: real game files instead of the built-in engine")
-    group.add_argument(
-        "--base", default="nano", help="directory of the base LM (default: nano, the shipped models/nano)"
-    )
-    group.add_argument(
-        "--labels",
-        choices=("letters", "words"),
-        default="letters",
-        help="one-token names of the actions, see Labels (default: letters; words for autoexplore and alfworld)",
-    )
-    group.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
-    group.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
-    group.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, mps (default: what is there)",
-    )
-    group.add_argument(
-        "--bf16",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="bf16 autocast, or fp32 (default: auto, on GPUs that have it)",
-    )
-    group.add_argument(
-        "--micro-batch", type=int, default=64, help="texts a forward pass when training, for memory (default: 64)"
-    )
-    return group
+def number(kind, least):
+    """An argparse type: an int or a float that is not below `least`."""
+
+    def parse(text):
+        value = kind(text)
+        if not value >= least:  # this way round NaN is refused, too
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    return parse
 
 
 def parse_args(parser):
-    """The resolved options, with `bf16` a bool. What is not given is the environment's default, then the script's.
-
-    `auto` means a GPU that has it. On a CPU bf16 has to be asked for: with AMX it speeds up full training and wide
-    models, but with LoRA on the nano base the casts cost more than the products save (14k tokens/s against 21k).
-    """
-    settings = getattr(envs.env_class(parser.parse_args().env), "settings", {})
-    parser.set_defaults(**settings)
+    """The resolved options. What is given wins over the environment's own defaults (`settings`), these over ours."""
+    parser.allow_abbrev = False
+    parser.set_defaults(**envs.env_class(parser.parse_args().env).settings)
     args = parser.parse_args()
-    args.env_option += [(key, os.path.abspath(path)) for key in ("repos", "games") if (path := getattr(args, key))]
-    counts = ("updates", "episodes", "save_every", "keep", "micro_batch", "trajectories", "batch", "rank", "repeats")
-    least = dict.fromkeys((*counts, "group", "epochs", "minibatches"), 1)
-    least |= dict.fromkeys(("replay", "replay_buffer", "warmup", "eval_every", "show_every"), 0)
-    for key, lowest in least.items():
-        if (value := getattr(args, key, None)) is not None and value < lowest:  # None: the algorithm's default
-            raise UserError(f"--{key.replace('_', '-')} must be at least {lowest}, not {value}")
-    for key in ("lr", "rl_lr", "critic_lr"):
-        if not getattr(args, key, 1.0) > 0:
-            raise UserError(f"--{key.replace('_', '-')} must be a number above 0, not {getattr(args, key)}")
+    if args.repos:
+        args.env_option = [*args.env_option, ("repos", os.path.abspath(args.repos))]
+    if vars(args).get("no_negatives"):
+        args.negatives = 0.0
     try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        raise UserError(f"unknown device {args.device!r}: cpu, cuda, cuda:1, mps, ...") from None
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
+    # On a CPU bf16 has to be asked for: on the nano base its casts cost more than they save.
+    on_gpu = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     args.bf16 = args.bf16 == "on" or (args.bf16 == "auto" and on_gpu)
     return args
 
@@ -677,22 +673,6 @@ def short_name(env):
     return env.rpartition(":")[2].lower()
 
 
-def load_players(args, folders):
-    """Players on `args.base`; `folders` maps adapter names to the directories that hold them."""
-    model, tokenizer = load_base(args.base, args.device)
-    for name, folder in folders.items():
-        load_adapter(model, name, folder)
-    limit = {"max_reflection": args.max_reflection} if "max_reflection" in args else {}
-    return Players(model, tokenizer, reflection="reflect" in folders, bf16=args.bf16, labels=args.labels, **limit)
-
-
-def as_trained(args, config):
-    """`args` with the environment, model, labels and reflection limit of a run's `config.json`; of the environment's
-    options those given now win, so that `--games DIR` plays on the real engine what the built-in one has taught."""
-    kept = {key: config[key] for key in ("env", "base", "labels", "max_reflection") if key in config}
-    return argparse.Namespace(**vars(args) | kept | {"env_option": config["env_option"] + args.env_option})
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Several processes (torchrun), each with its share of the work
 
@@ -705,222 +685,226 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def sum_gradients(parameters):
-    """Add up the gradients of all processes, each of which saw its share of the batch."""
-    if world() > 1:
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        dist.all_reduce(flat)  # one message, not a hundred
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = grad.view_as(p)
-
-
-def summed(counter):
-    """A counter added up over the ranks, each of which saw its share."""
-    shares = [counter] * world()
-    if world() > 1:
-        dist.all_gather_object(shares, counter)
-    total = collections.Counter()
-    for share in shares:
-        total.update(share)
-    return total
-
-
-def from_first(make):
-    """`make()`, called by the first process alone; the others get its value."""
-    box = [make() if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def join_processes(args):
-    """Under torchrun: join the other processes, each with a GPU of its own where there are GPUs."""
+@contextlib.contextmanager
+def joined_processes(args):
+    """Under torchrun: join the other processes, each with a GPU of its own where there are GPUs; part at the end."""
     if "WORLD_SIZE" not in os.environ:
+        yield
         return
-    on_gpu = torch.device(args.device).type == "cuda"
-    # the others wait while rank 0 runs SFT or an evaluation, which may take longer than the default 10 minutes
+    on_gpu = args.device.startswith("cuda")
+    # The others wait while rank 0 runs SFT or an evaluation, which may take longer than the default ten minutes.
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=2))
     if on_gpu:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world()))))
+    try:
+        yield
+        dist.barrier()  # nobody leaves while rank 0 still evaluates
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_gradients(parameters):
+    """Add up the gradients of all processes, each of which saw its share of the batch."""
+    if world() == 1:
+        return
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a process may have had no step at all
+        dist.all_reduce(p.grad)
+
+
+def gather(value):
+    """The values of all processes, in the order of their ranks."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Runs: runs/<name>/ holds config.json, log.jsonl, step-NNNNNN/ (checkpoints) and, when it is done, its adapters
+# Runs: runs/<name>/ holds config.json, log.jsonl, checkpoint.pt and the adapters
+
+# Options that may differ on resume: they say where, how fast or how often, or are told by another one.
+MAY_DIFFER = ("runs", "resume", "name", "device", "bf16", "micro_batch", "repos", "no_negatives", "repeats", "stage")
 
 
-def write_atomically(path, text):
-    """Write a file beside its place and rename it in: a reader sees the old text or the new one, never half."""
-    temporary = Path(f"{path}.tmp")
+def settings_of(args):
+    """The options that decide a run's numbers, as JSON reads them again."""
+    settings = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
+    return json.loads(json.dumps(settings))
+
+
+def write(path, content):
+    """Write a file beside its place and rename it in: a reader sees the old content or the new one, never half."""
+    beside = Path(f"{path}.tmp")
+    beside.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    beside.replace(path)
+
+
+def read_config(folder):
+    """The settings of a run; a `UserError` where the folder holds none that can be used."""
+    kinds = {"env": str, "base": str, "labels": str, "max_reflection": int, "env_option": list}
     try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        wrong = [key for key, kind in kinds.items() if not isinstance(config[key], kind)]
+        dict(config["env_option"])  # pairs of name and value
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no run: its config.json cannot be read ({error!r})") from None
+    if wrong:
+        raise UserError(f"{folder} is no run: {', '.join(wrong)} in its config.json has a value of another kind")
+    return config
 
 
-def make_folder(path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+def read_log(folder):
+    """The lines of a run's log, one dict an update; what a kill left half written is left out."""
+    path, lines = Path(folder) / "log.jsonl", []
+    if path.exists():
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):
+                figures = json.loads(line)
+                if isinstance(figures, dict) and isinstance(figures.get("step"), int):
+                    lines.append(figures)
+    return lines
 
 
-def save_checkpoint(run, step, write, keep=2):
-    """`run/step-NNNNNN` filled by `write(folder)`, then renamed in; a kill leaves the older ones whole."""
-    final, temporary = Path(run) / f"step-{step:06d}", Path(run) / f".step-{step:06d}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    # torch reports a full disk as RuntimeError
-    except (OSError, RuntimeError, UserError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot save {final}: {str(error).splitlines()[0]}; older checkpoints are untouched") from None
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+class Run:
+    """A folder that is written by one process at a time, and can be gone on from after any kill."""
 
-
-def checkpoints(run):
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in Path(run).glob("step-*") if (path / "state.pt").is_file())
-
-
-def open_run(run, config, resume=False):
-    """Start or resume a run; returns the newest checkpoint to go on from, or None.
-
-    An existing run is never overwritten: without `resume`, or with other settings than its own, that is an error.
-    On resume the log is cut back to the checkpoint's step.
-    """
-    run, path = Path(run), Path(run) / "config.json"
-    if not path.exists():
-        make_folder(run)
-        write_atomically(path, json.dumps(config, indent=2) + "\n")
-        return None
-    if not resume:
-        raise UserError(f"{run} exists already: go on with --resume, or give another --name")
-    old = read_config(run)
-    changed = [key for key in config if old.get(key) != json.loads(json.dumps(config[key]))]
-    if changed:
-        raise UserError(
-            f"{run} was started with other settings: "
-            + ", ".join(f"{k} {old.get(k)!r}, now {config[k]!r}" for k in changed)
-        )
-    newest = checkpoints(run)[-1] if checkpoints(run) else None
-    step = int(newest.name[5:]) if newest else -1
-    log = run / "log.jsonl"
-    if log.exists():  # a killed process may have left half a line, and lines behind the checkpoint
-        lines = [
-            line
-            for line in log.read_text().splitlines(keepends=True)
-            if line.endswith("}\n") and json.loads(line)["step"] <= step
-        ]
-        write_atomically(log, "".join(lines))
-    return newest
-
-
-@contextlib.contextmanager
-def lock_run(run, wait=False):
-    """Hold a run: a second process that wants it gets an error, or waits. The lock goes with its process, however that
-    ends."""
-    import fcntl
-
-    make_folder(run)
-    with (Path(run) / "lock").open("w") as file:
+    def __init__(self, folder, args, resume=False, wait=False):
+        self.folder = Path(folder)
+        if rank() > 0:  # under torchrun the first process writes
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The operating system gives the lock back when the process ends, however it ends.
+        self.lock = filelock.FileLock(self.folder / ".lock")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if not wait:
-                raise UserError(f"another process is writing {run}") from None
-            print(f"another process is writing {run}: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            self.lock.acquire(timeout=-1 if wait else 0)
+        except filelock.Timeout:
+            raise UserError(f"another process is writing {folder}") from None
+        config, path = settings_of(args), self.folder / "config.json"
+        if path.exists():
+            self.check(config, resume)
+        elif (self.folder / "log.jsonl").exists() or (self.folder / "checkpoint.pt").exists():
+            raise UserError(f"{folder} holds a run without its config.json: give another --name")
+        else:
+            write(path, json.dumps(config, indent=2) + "\n")
 
+    def check(self, config, resume):
+        """Refuse to write over a run, or to go on with other settings than its own."""
+        if not resume:
+            raise UserError(f"{self.folder} exists already: go on with --resume, or give another --name")
+        old = read_config(self.folder)
+        changed = [f"{key} {old.get(key)!r}, now {config[key]!r}" for key in config if old.get(key) != config[key]]
+        if changed:
+            raise UserError(f"{self.folder} was started with other settings: {', '.join(changed)}")
 
-def read_config(run):
-    try:
-        return json.loads((Path(run) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run} is no run: its config.json cannot be read ({error})") from None
+    def log(self, figures):
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
 
+    def save(self, step, parameters, optimizer, **more):
+        """A checkpoint, written beside the old one and renamed over it: a kill leaves the one or the other."""
+        if not all(torch.isfinite(parameter).all() for parameter in parameters):
+            raise UserError(f"update {step}: weights are not finite; the checkpoint before it is kept")
+        weights = [parameter.detach().cpu() for parameter in parameters]
+        state = {"step": step, "parameters": weights, "optimizer": optimizer.state_dict(), "more": more}
+        beside = self.folder / "checkpoint.tmp"
+        try:
+            torch.save(state, beside)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise UserError(f"cannot write {beside}: {str(error).splitlines()[0]}") from None
+        beside.replace(self.folder / "checkpoint.pt")
 
-def log_line(run, **values):
-    try:
-        with (Path(run) / "log.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {run}/log.jsonl: {error.strerror}; the last checkpoint is good") from None
-
-
-def find_adapters(run):
-    """`{adapter name: folder}` of a run: its finished adapters, else those of its newest checkpoint."""
-    read_config(run)
-    for folder in (Path(run), *reversed(checkpoints(run))):
-        found = {
-            name: folder / name for name in ("reflect", "policy") if (folder / name / "adapter_config.json").is_file()
-        }
-        if "policy" in found:
-            return found
-    raise UserError(f"{run} holds no policy yet: it was stopped before its first checkpoint")
+    def restore(self, parameters, optimizer):
+        """Put the checkpoint in place and cut the log back to it: `(updates done, what else was saved)`."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():  # not even an evaluation before the first update counts
+            (self.folder / "log.jsonl").unlink(missing_ok=True)
+            return 0, {}
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+            with torch.no_grad():
+                for parameter, saved in zip(parameters, state["parameters"], strict=True):
+                    parameter.copy_(saved)
+        except Exception as error:  # a damaged file may raise anything
+            raise UserError(f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from None
+        if rank() == 0:
+            kept = [figures for figures in read_log(self.folder) if figures["step"] <= state["step"]]
+            write(self.folder / "log.jsonl", "".join(json.dumps(figures) + "\n" for figures in kept))
+        return state["step"], state["more"]
 
 
 def runs_of(args):
-    """The folders of all runs of `args.env`, whatever their names."""
-    configs = sorted(Path(args.runs).glob("*/config.json"))
-    return [
-        path.parent for path in configs if short_name(read_config(path.parent).get("env", "")) == short_name(args.env)
-    ]
+    """The folders of all runs of `args.env`, oldest first; what is no run is named and left out."""
+    found = []
+    for path in Path(args.runs).glob("*/config.json"):
+        try:
+            if short_name(read_config(path.parent)["env"]) == short_name(args.env):
+                found.append((path.stat().st_mtime, path.parent))
+        except UserError as error:
+            print(f"note: {error}")
+    return [folder for _, folder in sorted(found)]
 
 
-def newest_run(args):
-    """The newest run of `args.env` that can play."""
-    for run in sorted(runs_of(args), key=lambda run: (run / "config.json").stat().st_mtime, reverse=True):
-        with contextlib.suppress(UserError):
-            find_adapters(run)
-            return run
-    raise UserError(
-        f"no run of {args.env} in {args.runs}: make one with python rl.py --env {args.env}, or name one with --run"
-    )
+def adapters_of(folder):
+    """`{name: folder}` of the adapters of a run that play together."""
+    found = {}
+    for name in ("reflect", "policy"):
+        if (Path(folder) / name / "adapter_config.json").is_file():
+            found[name] = Path(folder) / name
+    if "policy" not in found:
+        raise UserError(f"{folder} holds no policy yet: it was stopped before it was saved")
+    return found
+
+
+def as_trained(args, folder):
+    """`args` with the environment, model, labels and reflection limit that a run was trained with.
+
+    Of the environment's options those given now win. A module is imported only where the command line names it: a run
+    from elsewhere must not execute anything.
+    """
+    config = read_config(folder)
+    if config["env"] != args.env and config["env"] not in envs.ENVS:
+        raise UserError(f"{folder} plays {config['env']}: say so with --env, its module is not imported unasked")
+    kept = {key: config[key] for key in ("env", "base", "labels", "max_reflection")}
+    options = [*map(tuple, config["env_option"]), *args.env_option]
+    return argparse.Namespace(**{**vars(args), **kept, "env_option": options})
+
+
+def load_players(args, adapters):
+    """Players on `args.base`; `adapters` maps names to the folders that hold them."""
+    model, tokenizer = load_base(args.base, args.device)
+    for name, folder in adapters.items():
+        load_adapter(model, name, folder)
+    has_reflector = "reflect" in adapters
+    return Players(model, tokenizer, has_reflector, args.labels, args.max_reflection, args.bf16, args.micro_batch)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Play one episode and show every step.", allow_abbrev=False)
-    add_common_options(parser)
-    parser.add_argument("--run", help="run folder whose adapters play (default: the newest of this environment)")
-    parser.add_argument("--split", default="test", help="split of the task (default: test)")
-    parser.add_argument("--task", type=int, default=0, help="index of the task in the split (default: 0)")
-    parser.add_argument("--greedy", action="store_true", help="take the most probable action instead of a sample")
+    parser = argparse.ArgumentParser(description="Play one episode and show every step.")
+    own = {
+        "run": ("", "run folder whose adapters play, the newest of the environment if none is given"),
+        "split": ("test", "split of the task"),
+        "task": (0, "index of the task in the split", 0),
+        "greedy": (False, "take the most probable action instead of a sample"),
+    }
+    add_options(parser, COMMON, own)
     args = parse_args(parser)
-    run = args.run or newest_run(args)
-    args = as_trained(args, read_config(run))
-    players = load_players(args, find_adapters(run))
+    # The newest run of the environment that holds a policy, if none is named.
+    able = [folder for folder in runs_of(args) if (folder / "policy" / "adapter_config.json").is_file()]
+    if not args.run and not able:
+        raise UserError(f"no run of {args.env} in {args.runs} can play: make one with python rl.py --env {args.env}")
+    folder = args.run or able[-1]
+    args = as_trained(args, folder)
     tasks = env_factory(args)().tasks(args.split)
-    if not 0 <= args.task < len(tasks):
+    if args.task >= len(tasks):
         raise UserError(f"--task {args.task}: the {args.split} split has {len(tasks)} tasks")
-    seen = []
-
-    def watched(states, actions, envs):
-        reflections, log_probs = players(states, actions, envs)
-        seen.append(log_probs[0])
-        return reflections, log_probs
-
-    episode = play(watched, env_factory(args), [tasks[args.task]], seed=args.seed, greedy=args.greedy)[0]
-    for step, log_probs in zip(episode.steps, seen, strict=True):
-        print(show_step(step, log_probs))
-    print(
-        f"{'success' if episode.success else 'failure'} after {len(episode.steps)} steps, return {episode.total:+.2f}"
-    )
+    players = load_players(args, adapters_of(folder))
+    [episode] = play(players, env_factory(args), [tasks[args.task]], seed=args.seed, greedy=args.greedy)
+    print(show(episode))
 
 
 if __name__ == "__main__":

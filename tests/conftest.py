@@ -1,5 +1,8 @@
 """Tiny random models in four shapes with three kinds of tokenizer, made offline, and one trained run to work with."""
 
+import argparse
+import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -11,8 +14,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -31,21 +40,33 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 
+@functools.cache
+def load_script(path):
+    """A maker that stands beside its data, such as `models/nano/make.py`, as a module."""
+    name = f"script_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
 def sample_texts():
     """Enough text of the project's own kind for three small vocabularies; "10" is frequent."""
-    records = negatives.make_records(envs.DangerousTaxi, 5, 0.5, seed=0)
-    return [
-        f"{r.state}\n{r.reflection}\n" + "".join(f"{i} {a}\n" for i, a in enumerate(r.actions)) for r in records
-    ] + ["10 100 10\n" * 50]
+    texts = ["10 100 10\n" * 50]
+    for r in negatives.make_records(envs.DangerousTaxi, 5, 0.5, seed=0)[0]:
+        menu = "".join(f"{i} {action}\n" for i, action in enumerate(r.actions))
+        texts.append(f"{r.state}\n{r.reflection}\n{menu}")
+    return texts
 
 
 def digit_tokenizer():
     """The project's own: byte-level, every digit a token of its own, and every label behind a space."""
-    return sft.train_tokenizer([*sample_texts(), "".join(f" {label}" for label in reflect_rl.LABELS) * 200], 400)
+    labels = "".join(f" {label}" for label in reflect_rl.LABELS)
+    return load_script("models/nano/make.py").train_tokenizer([*sample_texts(), labels * 200], 400)
 
 
 def gpt2_tokenizer():
@@ -53,15 +74,13 @@ def gpt2_tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        sample_texts(),
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    tokenizer.train_from_iterator(sample_texts(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
@@ -122,21 +141,9 @@ def common(vocabulary):
 
 def gpt2_model(vocabulary):
     """Conv1D layers, learned positions, tied head; with dropout, which must stay off."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=2048,
-            initializer_range=0.2,
-            resid_pdrop=0.3,
-            embd_pdrop=0.3,
-            attn_pdrop=0.3,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 2048, "initializer_range": 0.2}
+    dropout = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **shape, **dropout))
 
 
 SHAPES = {
@@ -165,6 +172,19 @@ def base(request, bases):
     return bases[request.param]
 
 
+def scaled(kind, vocabulary):
+    """A random LM that does more to its logits than to multiply by its head: it caps or scales them."""
+    torch.manual_seed(1)
+    if kind == "gemma2":  # logits far beyond the cap
+        fields = {"final_logit_softcapping": 2.0, "head_dim": 8, "sliding_window": 300, "hidden_activation": "gelu"}
+        model = Gemma2ForCausalLM(Gemma2Config(**common(vocabulary), **fields))
+    elif kind == "granite":
+        model = GraniteForCausalLM(GraniteConfig(**common(vocabulary), logits_scaling=7.0))
+    else:
+        model = CohereForCausalLM(CohereConfig(**common(vocabulary), logit_scale=0.1))
+    return model.eval()
+
+
 def randomise(model, *names, scale=0.3):
     """Give adapters random B matrices: at B = 0 most mistakes would not show."""
     torch.manual_seed(2)
@@ -175,12 +195,27 @@ def randomise(model, *names, scale=0.3):
 
 def make_players(folder, **options):
     """Two players with random adapters on a base."""
-    model, tokenizer = reflect_rl.load_base(folder)
+    return players_on(*reflect_rl.load_base(folder), **options)
+
+
+def players_on(model, tokenizer, **options):
     torch.manual_seed(0)
     for name in ("reflect", "policy"):
         reflect_rl.add_adapter(model, name, 4, 8)
     randomise(model, "reflect", "policy")
     return reflect_rl.Players(model, tokenizer, **{"max_reflection": 12, **options})
+
+
+def rows_of(model):
+    """A list that gets the number of texts of each forward pass from now on."""
+    rows = []
+
+    def count(module, args, kwargs):
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        rows.append(len(ids))
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    return rows
 
 
 @pytest.fixture
@@ -190,11 +225,10 @@ def players(base):
 
 def taxi_states(n=6):
     """Maps, some with much text behind them, so that a batch has rows of different lengths."""
-    env = envs.make("taxi")
-    return [
-        env.reset(options={"task": task})[0] + " And so on." * (3 * i % 7)
-        for i, task in enumerate(env.tasks("train")[:n])
-    ]
+    env, states = envs.make("taxi"), []
+    for i, task in enumerate(env.tasks("train")[:n]):
+        states.append(env.reset(options={"task": task})[0] + " And so on." * (3 * i % 7))
+    return states
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -211,60 +245,34 @@ def run_script(module, *options, monkeypatch):
     module.main()
 
 
+def resolved(*options, tables=()):
+    """The options that a script with COMMON and these tables makes of a command line."""
+    parser = argparse.ArgumentParser()
+    reflect_rl.add_options(parser, reflect_rl.COMMON, *tables)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, options)])
+        return reflect_rl.parse_args(parser)
+
+
 def subprocess_of(*command, code=0, **options):
     """Run Python on a script or `-c` text in a process of its own, from the repository root; stdout and stderr."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, cwd=ROOT, **options
-    )
+    command = [sys.executable, *map(str, command)]
+    options = {"capture_output": True, "text": True, "env": environment, "cwd": ROOT, **options}
+    done = subprocess.run(command, **options)
     assert done.returncode == code, f"exit code {done.returncode}, expected {code}:\n{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr
 
 
 def tiny_options(base, runs):
-    """Options of a run of a second or two on Corridor."""
-    return [
-        "--env",
-        "corridor:Corridor",
-        "--base",
-        base,
-        "--runs",
-        runs,
-        "--device",
-        "cpu",
-        "--bf16",
-        "off",
-        "--trajectories",
-        10,
-        "--reflect-steps",
-        3,
-        "--policy-steps",
-        3,
-        "--batch",
-        8,
-        "--rank",
-        4,
-        "--max-reflection",
-        8,
-    ]
+    """Options of a run of a second or two on Corridor, for every script; SFT's are those of RL."""
+    where = ["--env", "corridor:Corridor", "--base", base, "--runs", runs, "--device", "cpu", "--bf16", "off"]
+    size = ["--trajectories", 10, "--reflect-steps", 3, "--policy-steps", 3, "--max-reflection", 8]
+    return [*where, *size]
 
 
 def tiny_rl_options(base, runs):
-    return [
-        *tiny_options(base, runs),
-        "--updates",
-        4,
-        "--episodes",
-        6,
-        "--save-every",
-        1,
-        "--eval-every",
-        2,
-        "--show-every",
-        0,
-        "--repeats",
-        1,
-    ]
+    return [*tiny_options(base, runs), "--updates", 4, "--episodes", 8, "--eval-every", 2, "--repeats", 1]
 
 
 @pytest.fixture(scope="session")
@@ -283,14 +291,27 @@ def runs(sft_runs, tmp_path):
     return shutil.copytree(sft_runs, tmp_path / "runs")
 
 
-def read_log(run, ignore=("episodes_per_s",)):
+def sft_folder(runs):
+    """The one SFT run of Corridor; the end of its name depends on its settings."""
+    [folder] = Path(runs).glob("corridor-sft-s0-*")
+    return folder
+
+
+def read_log(run):
     """The lines of a run's log, one an update, without the figures that depend on the clock."""
-    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ignore} for line in lines if line["step"]]
+    lines = []
+    for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        figures = json.loads(line)
+        figures.pop("episodes_per_s", None)
+        lines += [figures] if figures["step"] else []
+    return lines
 
 
 def table_of(out):
     """The rows of the last results table in an output, in order: `{name: [sampled, interval, n, return, ...]}`."""
-    lines = [line for line in out.rpartition("sampled")[2].splitlines() if line.startswith("| ")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {name: cells for name, *cells in rows if set(name) != {"-"}}
+    rows = {}
+    for line in out.rpartition("sampled")[2].splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and set(name) != {"-"}:
+            rows[name] = cells
+    return rows

@@ -5,8 +5,10 @@ A walker in a corridor of cells 0..4 stands at `here` and wants to reach `goal`;
 
 import random
 
+import envs
 
-class Corridor:
+
+class Corridor(envs.Env):
     actions = ("go left", "go right")
     curriculum = [("near", 0.5, {"near": True}), ("all", 0.5, {})]
     horizon = 6

@@ -1,6 +1,8 @@
 """ALFWorld: the contract, the tasks, the expert, the teacher, and parity with the real engine where it is installed."""
 
 import collections
+import gzip
+import hashlib
 import json
 import pathlib
 import random
@@ -13,6 +15,12 @@ import envs
 import negatives
 
 TYPES = list(envs.household()["sentences"])
+engine = envs.beside("alfworld/real_engine.py")
+
+
+def maker(name):
+    """A script of data/alfworld as a module."""
+    return envs.beside(f"alfworld/{name}.py")
 
 
 def tokens(text):
@@ -35,6 +43,9 @@ def play(env, task, seed=0, noise=0.0, options=(), look=lambda env, mistake: Non
 
 def task_for(type_name, split="train"):
     return next(task for task in envs.make("alfworld").tasks(split) if task["type"] == type_name)
+
+
+# The contract.
 
 
 def test_contract():
@@ -60,45 +71,87 @@ def test_the_global_generator_is_left_alone_and_ignored():
     assert envs.make("alfworld").reset(seed=9, options={"task": task})[0] == state
 
 
-@pytest.mark.parametrize(
-    "task",
-    [
-        3,
-        "kitchen",
-        {},
-        {"type": "slice"},
-        {"type": TYPES[0], "room": "kitchen"},
-        {"type": TYPES[0], "room": "attic", "object": "mug", "target": "desk", "seed": 1},
-    ],
-)
-def test_a_wrong_task_is_a_user_error(task):
-    with pytest.raises(envs.UserError):
-        envs.make("alfworld").reset(options={"task": task})
+ROOM = {"type": TYPES[0], "object": "mug", "target": "desk", "sentence": "put a mug in desk"}
+ROOM |= {"receptacles": ["desk 1", "shelf 1"], "objects": {"mug 1": "shelf 1"}}
+@pytest.mark.parametrize("wrong", [3, "kitchen", []])
+def test_a_task_that_is_no_dictionary_is_one_line(wrong):
+    with pytest.raises(envs.UserError, match="dictionary"):
+        envs.make("alfworld").reset(options={"task": wrong})
+
+
+def test_a_task_of_ones_own_is_played():
+    env = envs.make("alfworld")
+    for sentence in (ROOM["sentence"], "I would like the mug to be on my desk"):
+        play(env, ROOM | {"sentence": sentence})
+        assert env.success, "where the sentence fits no template, the goal of the task is known"
+
+
+def test_without_a_goal_all_that_was_seen_is_listed_in_a_fixed_order():
+    """The names once came out of a set: another PYTHONHASHSEED gave other states."""
+    env = envs.make("alfworld")
+    env.reset(options={"task": ROOM})
+    env.goal = None
+    env.notes.update("go to shelf 1", "You arrive at shelf 1. On the shelf 1, you see a mug 1, a cd 1, and a pen 2.")
+    assert "\nSeen: cd 1 (shelf 1), mug 1 (shelf 1), pen 2 (shelf 1).\n" in env.render()
+    with pytest.raises(envs.UserError, match="no search expert"):
+        env.expert_action()
 
 
 def test_wrong_options_are_user_errors(tmp_path):
-    env = envs.make("alfworld")
     for call in (
-        lambda: env.tasks("tset"),
-        lambda: envs.make("alfworld", expert="planner"),
+        lambda: envs.make("alfworld").tasks("tset"),
         lambda: envs.make("alfworld", games=tmp_path),
+        lambda: envs.make("alfworld", games=3),
+        lambda: envs.make("alfworld", horizon="long"),
     ):
         with pytest.raises(envs.UserError):
             call()
 
 
-def test_splits_are_disjoint_in_tasks_and_layouts_and_held_out_combinations():
-    env, rooms, combinations = envs.make("alfworld"), {}, collections.defaultdict(set)
+# The tasks.
+
+
+def test_tasks_and_rooms_are_those_of_the_guards():
+    """The rooms were once drawn when they were asked for; the hashes are of that time."""
+    guards = json.loads(pathlib.Path(__file__).with_name("guards.json").read_text())
     for split in ("train", "valid", "test"):
-        tasks = env.tasks(split)
-        assert collections.Counter(task["type"] for task in tasks) == dict.fromkeys(TYPES, env.counts[split])
-        rooms[split] = {tuple(envs.room_of(task)[0]) for task in tasks}
+        tasks, rooms = [], []
+        for task in envs.make("alfworld").tasks(split):
+            tasks.append([task[name] for name in ("type", "room", "object", "target", "seed")])
+            rooms.append([task["receptacles"], list(task["objects"].items()), task["sentence"]])
+        for name, value in (("tasks", tasks), ("rooms", rooms)):
+            digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+            assert digest == guards[f"alfworld {name} {split}"], (name, split)
+
+
+def test_the_shipped_tasks_are_what_their_maker_makes(monkeypatch, tmp_path):
+    prepare = maker("prepare")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--check"])
+    prepare.main()
+    changed = json.loads(gzip.decompress(prepare.FILE.read_bytes()))
+    changed["test"][5]["objects"].popitem()
+    monkeypatch.setattr(prepare, "FILE", tmp_path / "tasks.json.gz")
+    prepare.FILE.write_bytes(gzip.compress(json.dumps(changed).encode()))
+    with pytest.raises(SystemExit, match="is not what"):
+        prepare.main()
+
+
+def test_splits_are_disjoint_in_rooms_and_held_out_combinations():
+    """The room counts for nothing in a combination: training had two "unseen" ones in another kind of room."""
+    rooms, combinations = {}, collections.defaultdict(set)
+    for split, count in (("train", 300), ("valid", 10), ("test", 20)):
+        tasks = envs.make("alfworld").tasks(split)
+        assert collections.Counter(task["type"] for task in tasks) == dict.fromkeys(TYPES, count)
+        rooms[split] = {tuple(task["receptacles"]) for task in tasks}
         for task in tasks:
-            combinations[split, task["combination"]].add((task["type"], task["object"], task["target"], task["room"]))
+            combinations[split, task["combination"]].add((task["type"], task["object"], task["target"]))
     assert not rooms["train"] & (rooms["valid"] | rooms["test"]) and not rooms["valid"] & rooms["test"]
-    assert combinations["test", "seen"] <= combinations["train", "seen"]
+    assert combinations["test", "seen"] | combinations["valid", "seen"] <= combinations["train", "seen"]
     assert not combinations["test", "unseen"] & combinations["train", "seen"]
-    assert env.tasks("test") == json.loads(json.dumps(env.tasks("test"))), "a task must survive JSON"
+    assert set(combinations) == {("train", "seen"), ("valid", "seen"), ("test", "seen"), ("test", "unseen")}
+
+
+# The expert and the teacher.
 
 
 def test_the_expert_succeeds_with_room_to_spare():
@@ -122,49 +175,37 @@ def test_what_expert_and_teacher_do_is_a_function_of_the_state():
     env, actions, reflections = envs.make("alfworld", horizon=60), {}, {}
 
     def look(env, mistake):
-        state = env.render()
-        assert actions.setdefault(state, env.expert_command()) == env.expert_command(), state
+        state, command = env.render(), env.expert_command()
+        assert actions.setdefault(state, command) == command, state
         reflection = negatives.reflect_on_household(env, mistake)
         assert mistake or not negatives.useless(env), f"the expert's own move counts as useless:\n{state}"
         assert reflections.setdefault(state, reflection) == reflection, state
-        assert tokens(reflection) <= 60, reflection
+        assert tokens(reflection) <= 60 and command not in reflection, reflection
 
-    for seed, task in enumerate(env.tasks("train")[::4]):
+    for seed, task in enumerate([*env.tasks("train")[::4], *env.tasks("test")]):
         play(env, task, seed, noise=0.25 * (seed % 2), look=look)
 
 
-def test_a_reflection_hands_over_no_command():
-    env = envs.make("alfworld")
-
-    def look(env, mistake):
-        assert env.expert_command() not in negatives.reflect_on_household(env, mistake)
-
-    for task in env.tasks("test"):
-        play(env, task, noise=0.2, look=look)
-
-
-@pytest.mark.parametrize("size, state_limit, menu_limit", [(1, 170, 20), (5, 450, 60)])
-def test_states_and_menus_stay_small(size, state_limit, menu_limit):
-    env = envs.make("alfworld", size=size)
-
-    def look(env, mistake):
-        assert tokens(env.render()) <= state_limit, env.render()
-        assert len(env.actions) <= menu_limit and len(set(env.actions)) == len(env.actions)
-
-    for seed, task in enumerate(env.tasks("test")[::2]):
-        play(env, task, seed, noise=0.3, look=look)
-
-
-def test_the_task_and_all_places_are_always_in_the_state():
+def test_states_are_small_and_show_all_places_and_notes_are_true():
+    """Notes are checked against the engine's own state, which they never read."""
     env = envs.make("alfworld")
 
     def look(env, mistake):
         first, unsearched, searched, *_ = env.render().splitlines()
-        assert first == f"Your task is to: {env.house.sentence}."
-        for place in env.house.receptacles:
+        notes, house = env.notes, env.house
+        assert first == f"Your task is to: {house.sentence}."
+        for place in house.receptacles:
             assert (f" {place}," in unsearched + searched) or (f" {place}." in unsearched + searched)
+        assert tokens(env.render()) <= 170, env.render()
+        assert len(env.actions) <= 20 and len(set(env.actions)) == len(env.actions)
+        for place, things in notes.contents.items():
+            assert sorted(things) == sorted(house.inside(place))
+            assert (place in notes.shut) == house.shut(place), place
+        assert (notes.here, notes.hand, notes.lit) == (house.here, house.hand, house.lit)
+        for thing, traits in house.traits.items():
+            assert notes.traits.get(thing, set()) == traits, thing
 
-    for seed, task in enumerate(env.tasks("valid")):
+    for seed, task in enumerate([*env.tasks("test"), *env.tasks("valid")]):
         play(env, task, seed, noise=0.3, look=look)
 
 
@@ -185,43 +226,38 @@ def test_milestones_are_paid_once(type_name):
             assert reward == pytest.approx(-0.01), command
 
 
-def test_descriptions_are_true():
-    """Checked against the engine's own state, which the notes never read."""
-    env, checked = envs.make("alfworld"), 0
-
-    def look(env, mistake):
-        nonlocal checked
-        for sentence in map("".join, env.describe()):
-            assert "  " not in sentence and sentence.endswith(".")
-            if match := re.fullmatch(rf"(?:[a-z]+ )*?({envs.THING}) is in ({envs.THING})\.", sentence):
-                assert env.house.places[match[1]] == match[2], sentence
-                checked += 1
-            if match := re.fullmatch(rf"On ({envs.THING}) there is (.*)\.", sentence):
-                assert sorted(env.house.inside(match[1])) == sorted(re.findall(envs.THING, match[2])), sentence
-                checked += 1
-
-    for seed, task in enumerate(env.tasks("valid")):
-        play(env, task, seed, noise=0.3, look=look)
-    assert checked > 100
+# Game files.
 
 
 def test_games_are_found_in_order_by_split_and_none_is_left_out_silently(tmp_path, capsys):
     for name in ("train/b", "train/a", "valid_seen/c", "valid_unseen/d", "e", "train/unsolvable", "train/movable-f"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "game.tw-pddl").write_text(json.dumps({"solvable": "unsolvable" not in name}))
-    games = envs.find_games(tmp_path)
+    games = engine.find_games(tmp_path)
     found = {split: [pathlib.Path(task["game"]).parent.name for task in tasks] for split, tasks in games.items()}
     assert found == {"train": ["a", "b"], "valid": ["c"], "test": ["e", "d"]}
     assert "2 games" in capsys.readouterr().err
-    (tmp_path / "e" / "game.tw-pddl").write_text("{")
-    with pytest.raises(envs.UserError, match="cannot read"):
-        envs.find_games(tmp_path)
+    for broken in ("{", "[]"):
+        (tmp_path / "e" / "game.tw-pddl").write_text(broken)
+        with pytest.raises(envs.UserError, match="cannot read"):
+            engine.find_games(tmp_path)
 
 
-def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "textworld", None)
-    with pytest.raises(envs.UserError, match="pip install alfworld"):
-        envs.write_game(task_for(TYPES[0]), tmp_path)
+def test_a_missing_or_old_package_is_one_line(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "textworld", None)
+        with pytest.raises(envs.UserError, match="pip install alfworld"):
+            maker("write_games").write_game(task_for(TYPES[0]), tmp_path)
+    pytest.importorskip("alfworld")
+    monkeypatch.setattr(engine.importlib.metadata, "version", lambda name: "0.3.5")
+    with pytest.raises(envs.UserError, match="too old.*pip install alfworld"):
+        engine.import_alfworld()
+
+
+def test_the_order_of_the_real_engine_does_not_reach_the_state():
+    text = "On the shelf 1, you see a vase 2, a statue 1, and a vase 1."
+    assert engine.sort_lists(text) == "On the shelf 1, you see a statue 1, a vase 1, and a vase 2."
+    assert engine.sort_lists("You see a shelf 10, and a shelf 2.") == "You see a shelf 2, and a shelf 10."
 
 
 # The real engine. These tests need the extras, and are skipped without them.
@@ -229,11 +265,12 @@ def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def games(tmp_path_factory):
-    """60 generated rooms, ten of each type, as real game files: `{path: task}`."""
+    """60 rooms, ten of each type, half of them with unseen combinations, as real game files: `{path: task}`."""
     pytest.importorskip("alfworld")
     pytest.importorskip("textworld")
-    folder = tmp_path_factory.mktemp("games")
-    return {envs.write_game(task, folder / "test"): task for task in envs.household_tasks("test", 10, 1)}
+    folder, write_game = tmp_path_factory.mktemp("games"), maker("write_games").write_game
+    tasks = [task for number, task in enumerate(envs.make("alfworld").tasks("test")) if number % 20 < 10]
+    return {write_game(task, folder / "test"): task for task in tasks}
 
 
 def command_sequence(house, rng):
@@ -261,7 +298,7 @@ def test_parity_with_the_real_engine(games):
     TextWorld prints them in the order of a set, which changes with PYTHONHASHSEED."""
     won = 0
     for number, (path, task) in enumerate(games.items()):
-        house, real = envs.House(task), envs.TextWorldGame({"game": path})
+        house, real = envs.House(task), engine.TextWorldGame({"game": path})
         assert house.reset() == real.reset()
         source = command_sequence(house, random.Random(number))
         for _ in range(30):
@@ -271,7 +308,6 @@ def test_parity_with_the_real_engine(games):
                 break
             command = next(source)
             assert house.do(command) == real.do(command), (task, command)
-        real.close()
     assert won > 20, "the sequences should reach the end of many games"
 
 
@@ -280,7 +316,7 @@ def test_parity_of_treatments(games):
     """Random play rarely treats one thing twice; here all is done to one object, and examined after each step."""
     treatable = ("tomato", "apple", "potato", "egg")
     path, task = next(item for item in games.items() if "heat" in item[1]["type"] and item[1]["object"] in treatable)
-    house, real = envs.House(task), envs.TextWorldGame({"game": path})
+    house, real = envs.House(task), engine.TextWorldGame({"game": path})
     house.reset(), real.reset()
     thing, place = next(item for item in house.places.items() if envs.kind(item[0]) == task["object"])
     script = [f"go to {place}", f"open {place}", f"take {thing} from {place}", f"examine {thing}"]
@@ -290,21 +326,23 @@ def test_parity_of_treatments(games):
     for command in script:
         assert house.do(command) == real.do(command), command
         assert house.commands() == sorted(real.commands()), command
-    real.close()
 
 
 @pytest.mark.extra
 def test_the_same_class_plays_the_real_engine(games):
-    """Same states, rewards and milestones through the whole contract, with two games open at once."""
+    """Same states, rewards, groups and milestones through the whole contract, with two games open at once; neither
+    engine touches the global generator."""
     folder = pathlib.Path(next(iter(games))).parents[3]
     real, ours = envs.make("alfworld", games=folder), envs.make("alfworld")
-    tasks = real.tasks("test")
+    tasks, generator = real.tasks("test"), random.getstate()
     assert len(tasks) == len(games) and {task["type"] for task in tasks} == set(TYPES)
     with pytest.raises(envs.UserError, match="no game of split 'train'"):
         real.tasks("train")
     for task in tasks[::6]:
         (state, info), over = real.reset(options={"task": task}), False
         assert (state, info) == ours.reset(options={"task": games[task["game"]]})
+        assert real.goal == ours.goal == engine.goal_beside(task["game"])
+        assert real.groups(task) == ours.groups(games[task["game"]])
         while not over:
             action = ours.expert_action()
             assert action == real.expert_action()
@@ -312,6 +350,22 @@ def test_the_same_class_plays_the_real_engine(games):
             assert step == ours.step(action)
             over = step[2] or step[3]
         assert real.success
+    assert random.getstate() == generator
+    with pytest.raises(envs.UserError, match="cannot read"):
+        real.reset(options={"task": {"game": str(folder / "no.tw-pddl")}})
+    with pytest.raises(envs.UserError, match="only a task of the built-in ALFWorld"):
+        maker("write_games").write_game(tasks[0], folder)
+
+
+@pytest.mark.extra
+def test_a_damaged_game_is_one_line(games, tmp_path):
+    whole = json.loads(pathlib.Path(next(iter(games))).read_text())
+    for damaged in ({"solvable": True}, whole | {"pddl_problem": whole["pddl_problem"][:500]}):
+        (tmp_path / "game.tw-pddl").write_text(json.dumps(damaged))
+        env = envs.make("alfworld", games=tmp_path)
+        with pytest.raises(envs.UserError, match="cannot be played") as error:
+            env.reset(options={"task": env.tasks("test")[0]})
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.extra
@@ -331,30 +385,3 @@ def test_the_search_expert_copes_with_places_side_by_side(games, tmp_path):
         env = envs.make("alfworld", games=file)
         play(env, env.tasks("test")[0])
         assert env.success, file
-
-
-@pytest.mark.extra
-def test_a_missing_game_and_a_real_task_to_write_are_user_errors(games, tmp_path):
-    env = envs.make("alfworld", games=next(iter(games)))
-    for call in (
-        lambda: env.reset(options={"task": {"game": str(tmp_path / "game.tw-pddl")}}),
-        lambda: envs.write_game(env.tasks("test")[0], tmp_path),
-    ):
-        with pytest.raises(envs.UserError):
-            call()
-
-
-@pytest.mark.parametrize("expert", ["planner", "handcoded"])
-@pytest.mark.extra
-def test_experts_of_the_real_engine(games, expert):
-    path, task = next((path, task) for path, task in games.items() if task["type"] == TYPES[0])
-    env = envs.make("alfworld", games=path, expert=expert)
-    state = random.getstate()
-    play(env, env.tasks("test")[0])
-    assert env.success and random.getstate() == state, "the global generator must stay as it was"
-
-
-def test_the_order_of_the_real_engine_does_not_reach_the_state():
-    text = "On the shelf 1, you see a vase 2, a statue 1, and a vase 1."
-    assert envs.sort_lists(text) == "On the shelf 1, you see a statue 1, a vase 1, and a vase 2."
-    assert envs.sort_lists("You see a shelf 10, and a shelf 2.") == "You see a shelf 2, and a shelf 10."

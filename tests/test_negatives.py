@@ -1,10 +1,13 @@
 """Teacher data: labels, perturbations and reflections, checked against the map by maps.py, not by the environment."""
 
+import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import random
 import re
+from pathlib import Path
 
 import maps
 import pytest
@@ -12,12 +15,19 @@ import pytest
 import envs
 import negatives
 from envs import UserError
-from reflect_rl import LABELS
+
+GUARDS = json.loads((Path(__file__).parent / "guards.json").read_text())
+
+
+def taxi_records(trajectories, share, **options):
+    records, failed = negatives.make_records(envs.DangerousTaxi, trajectories, share, **options)
+    assert failed == 0
+    return records
 
 
 @pytest.fixture(scope="module")
 def records():
-    return negatives.make_records(envs.DangerousTaxi, 60, 0.5, seed=0)
+    return taxi_records(60, 0.5, seed=0)
 
 
 def trajectories(records):
@@ -80,7 +90,7 @@ def test_trajectories_begin_fresh_and_end_at_the_goal(records):
 @pytest.mark.parametrize("share, count", [(0.0, 0), (0.25, 5), (0.5, 10), (1.0, 20)])
 def test_counts_of_negatives(share, count):
     """Catches a share that is a probability, negatives without a mistake, positives with one."""
-    found = trajectories(negatives.make_records(envs.DangerousTaxi, 20, share, seed=1))
+    found = trajectories(taxi_records(20, share, seed=1))
     assert len(found) == 20 and [steps[0].trajectory for steps in found] == list(range(20))
     assert sum(steps[0].negative for steps in found) == count
     for steps in found:
@@ -101,10 +111,10 @@ def test_mistakes_are_made_anywhere(records):
 def test_seed_decides_everything():
     """Catches draws from the process-wide RNG, and a seed that is ignored."""
     random.seed(1)
-    first = negatives.make_records(envs.DangerousTaxi, 8, 0.5, seed=3)
+    first = taxi_records(8, 0.5, seed=3)
     random.seed(2)
-    assert negatives.make_records(envs.DangerousTaxi, 8, 0.5, seed=3) == first
-    assert negatives.make_records(envs.DangerousTaxi, 8, 0.5, seed=4) != first
+    assert taxi_records(8, 0.5, seed=3) == first
+    assert taxi_records(8, 0.5, seed=4) != first
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -112,7 +122,7 @@ def test_data_comes_from_its_split(split):
     """Catches teacher data on held-out starts."""
     env = envs.make("taxi")
     starts = {env.reset(options={"task": task})[0] for task in env.tasks(split)}
-    for steps in trajectories(negatives.make_records(envs.DangerousTaxi, 15, 0.5, seed=0, split=split)):
+    for steps in trajectories(taxi_records(15, 0.5, seed=0, split=split)):
         assert steps[0].state in starts
 
 
@@ -156,12 +166,147 @@ def test_teacher_leaves_the_decision_to_the_policy(records):
         assert not any(action in plan for action in record.actions), record.reflection
 
 
-def test_an_environment_brings_its_teacher():
-    env = envs.make("corridor:Corridor")
-    env.reset(options={"task": [0, 3]})
-    assert negatives.teacher_of(env)(env, True) == "That was a mistake. The goal is 3 away."
-    with pytest.raises(UserError, match="reflection"):
-        negatives.teacher_of(object())
+@pytest.mark.parametrize("name, splits", [("taxi", ("train", "valid")), ("alfworld", ("valid",))])
+def test_shipped_teacher_data_is_what_it_was(name, splits):
+    """Catches a draw more or less, another word of a teacher, another order of the tasks: byte by byte, seed 0."""
+    make, settings = envs.env_class(name), envs.env_class(name).settings
+    for split in splits:
+        count = settings.get("trajectories", 200) // (1 if split == "train" else 5)
+        records, failed = negatives.make_records(make, count, settings.get("negatives", 0.5), 0, split)
+        text = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == GUARDS[f"{name} teacher data {split}"]
+        assert failed == 0
+
+
+def test_exploration_says_where_each_word_is():
+    """Catches a word of the path called one of the file, the question's spelling lost, families not compared."""
+    tree = {"Roasting": {"prices.md": "The owner sets them.", "other.md": "roasts"}}
+    env = envs.AutoExplore.__new__(envs.AutoExplore)
+    env.question, env.result = "Which file about roasters says: OWNER pays prices?", tree["Roasting"]["prices.md"]
+    env.cwd = ("Roasting",)
+    assert negatives.say_question(env) == "The question has the words roasters, OWNER, pays, prices."
+    assert negatives.say_file(env) == [
+        "roasters is in the path.",
+        "OWNER is in the file.",
+        "pays is in neither.",
+        "prices is in neither.",
+    ]
+    assert negatives.say_way(env) == ["On the way Roasting/ has roasters."]
+    assert negatives.say_name(env, "The name", "prices.md") == "The name prices.md has prices."
+    assert negatives.say_name(env, "The name", "x.md") == "The name x.md has no word."
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Environments of one's own
+
+
+class Line(envs.Env):
+    """A walk from cell 0 to cell 3. It gives out one and the same info and list of actions, changed in place."""
+
+    def __init__(self):
+        self.info = {"actions": [], "success": False}
+
+    def tasks(self, split):
+        return list(range(10))
+
+    def reset(self, *, seed=None, options=None):
+        self.task, self.cell, self.steps = options["task"], 0, 0
+        return self.look(), self.info
+
+    def look(self):
+        self.info["actions"][:] = [f"stay at {self.cell}", f"leave {self.cell}"]
+        self.info["success"] = self.cell == 3
+        return f"cell {self.cell}"
+
+    def step(self, action):
+        self.cell, self.steps = self.cell + action, self.steps + 1
+        state = self.look()
+        return state, 0.0, self.info["success"], self.steps == 9, self.info
+
+    def expert_action(self):
+        return 1
+
+    def reflection(self, mistake):
+        return "Go\n on,   please." + " A mistake." * mistake
+
+
+def test_an_environment_may_reuse_its_info():
+    """Catches records that hold the environment's own list: all would show the menu of the last state."""
+    records, _ = negatives.make_records(Line, 6, 0.5, 0)
+    for record in records:
+        cell = record.state.removeprefix("cell ")
+        assert record.actions == (f"stay at {cell}", f"leave {cell}")
+    assert any(record.mistake for record in records)
+
+
+def test_reflections_have_one_normal_form(tmp_path):
+    """Catches line breaks and double spaces that SFT trains and play folds: in a teacher's text, and in a file."""
+    records, _ = negatives.make_records(Line, 2, 0.0, 0)
+    assert {record.reflection for record in records} == {"Go on, please."}
+    line = json.dumps(dataclasses.asdict(records[0]) | {"reflection": "two\n lines  "})
+    (tmp_path / "data.jsonl").write_text(line)
+    assert negatives.read_records(tmp_path / "data.jsonl")[0].reflection == "two lines"
+
+
+class Unlucky(Line):
+    """Its expert never gets there on more than half of the tasks."""
+
+    hopeless = range(6)
+
+    def expert_action(self):
+        return int(self.task not in self.hopeless)
+
+
+def test_an_expert_that_fails_is_drawn_again_and_counted():
+    """Catches a data set that ends, or is short, where the expert fails on a single task."""
+    records, failed = negatives.make_records(Unlucky, 30, 0.5, 0)
+    assert failed > 0 and [steps[0].trajectory for steps in trajectories(records)] == list(range(30))
+    assert sum(steps[0].negative for steps in trajectories(records)) == 15
+
+
+def test_an_expert_that_always_fails_is_one_line():
+    with pytest.raises(UserError, match="expert of Hopeless failed on 20 tasks in a row, the last one [0-9]"):
+        negatives.make_records(type("Hopeless", (Unlucky,), {"hopeless": range(10)}), 30, 0.5, 0)
+
+
+@pytest.mark.parametrize("base", [Line, envs.DangerousTaxi])
+def test_ones_own_reflection_wins(base):
+    """Catches a subclass of a built-in environment whose `reflection` is never called."""
+    env = type("Mine", (base,), {"reflection": lambda self, mistake: f"My {mistake}."})()
+    env.reset(options={"task": env.tasks("train")[0]})
+    assert negatives.reflection_of(env, True) == "My True."
+
+
+@pytest.mark.parametrize("method", ["reset", "step", "tasks", "expert_action", "reflection"])
+def test_a_missing_method_is_named_in_one_line(method):
+    """Catches a traceback, or a message that does not say what is missing where."""
+    lacking = type("Lacking", (Line,), {method: getattr(envs.Env, method)})
+    with pytest.raises(UserError, match=f"(?s)^(?=.*Lacking)(?=.*{method})[^\n]*$"):
+        negatives.make_records(lacking, 2, 0.0, 0)
+
+
+def test_known_mistakes_are_used():
+    """Catches `mistakes()` that is never asked, and an empty list taken for "not known"."""
+    none = type("None", (Line,), {"mistakes": lambda self: []})
+    assert not any(record.mistake for record in negatives.make_records(none, 5, 1.0, 0)[0])
+    away = type("Away", (Line,), {"mistakes": lambda self: [0]})
+    assert sum(record.mistake for record in negatives.make_records(away, 5, 1.0, 0)[0]) >= 5
+
+
+@pytest.mark.parametrize("reflection", [None, 3, "half \ud800 a pair"])
+def test_a_teacher_that_gives_no_text_is_one_line(reflection):
+    """Catches a lone surrogate that only the tokenizer refuses, after the data was written."""
+    env = type("Mute", (Line,), {"reflection": lambda self, mistake: reflection})
+    with pytest.raises(UserError, match="text"):
+        negatives.make_records(env, 2, 0.0, 0)
+
+
+def test_no_tasks_and_no_share_are_one_line():
+    with pytest.raises(UserError, match="no tasks in its valid split"):
+        negatives.make_records(type("Empty", (Line,), {"tasks": lambda self, split: []}), 2, 0.0, 0, "valid")
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="share from 0 to 1"):
+            negatives.make_records(Line, 2, share, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -172,7 +317,17 @@ def test_round_trip(records, tmp_path):
     path = tmp_path / "new" / "data.jsonl"
     negatives.write_records(records, path)
     assert negatives.read_records(path) == records
-    assert len(path.read_text().splitlines()) == len(records), "one line a record"
+    assert path.read_bytes().count(b"\n") == len(records), "one line a record"
+
+
+@pytest.mark.parametrize("beginning, end", [("", ""), ("", "\n"), ("", "\n\n \n"), ("\ufeff", "\n"), ("", "\r\n")])
+def test_only_a_new_line_ends_a_record(beginning, end, records, tmp_path):
+    """Catches `splitlines`, which also breaks at U+2028 and U+0085; a byte order mark; blank last lines."""
+    odd = dataclasses.replace(records[0], state="a\u2028b\u0085c\x0bd", reflection="e\u2028f")
+    text = "\n".join(json.dumps(dataclasses.asdict(record), ensure_ascii=False) for record in (odd, records[1]))
+    (tmp_path / "data.jsonl").write_bytes((beginning + text + end).encode())
+    read = negatives.read_records(tmp_path / "data.jsonl")
+    assert read == [dataclasses.replace(odd, reflection="e f"), records[1]]
 
 
 @pytest.mark.parametrize(
@@ -184,11 +339,19 @@ def test_round_trip(records, tmp_path):
         {"action": -1},
         {"action": "1"},
         {"action": None},
+        {"action": True},
+        {"action": 1.0},
         {"actions": "abcdef"},
         {"actions": []},
+        {"actions": ["a", 2, "c", "d", "e", "f"]},
+        {"actions": None},
         {"state": None},
+        {"state": "half \ud800 a pair"},
         {"reflection": 3},
+        {"trajectory": "0"},
+        {"mistake": "no"},
         {"colour": 1},
+        "[" * 100_000,
         "",
     ],
 )
@@ -210,83 +373,33 @@ def test_missing_field_is_named_by_number(records, tmp_path):
         negatives.read_records(tmp_path / "data.jsonl")
 
 
-def test_empty_and_missing_files_are_user_errors(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match="empty"):
-        negatives.read_records(tmp_path / "empty.jsonl")
-    with pytest.raises(UserError, match="nowhere"):
-        negatives.read_records(tmp_path / "nowhere.jsonl")
+def test_unreadable_files_are_one_line(tmp_path):
+    for text in (b"", b"\n \n"):
+        (tmp_path / "empty.jsonl").write_bytes(text)
+        with pytest.raises(UserError, match="empty"):
+            negatives.read_records(tmp_path / "empty.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b"\xe4")
+    with pytest.raises(UserError, match="latin.jsonl is not UTF-8"):
+        negatives.read_records(tmp_path / "latin.jsonl")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# SFT examples and the corpus
+@pytest.mark.parametrize("count, held", [(1, []), (5, []), (6, [5]), (13, [5, 11])])
+def test_every_sixth_trajectory_is_held_out(count, held):
+    """Catches records of one trajectory on both sides, and an empty held-out part of few."""
+    records, _ = negatives.make_records(Line, count, 0.0, 0)
+    data = negatives.hold_out(records)
+    numbers = {split: {record.trajectory for record in data[split]} for split in data}
+    assert numbers["train"] == set(range(count)) - set(held)
+    assert numbers["valid"] == set(held) or (not held and data["valid"] == data["train"])
 
 
-def test_the_three_forms(records):
-    """Catches a reflection in the ablation's prompt, or none in the policy's; completions are text and label."""
-    record = next(record for record in records if record.mistake)
-
-    def labels(actions):
-        return "QRSTUV", range(6)
-
-    [(prompt, completion)] = negatives.sft_examples([record], "reflect", labels)
-    assert (prompt, completion) == (f"{record.state}\n# Analyze:\n", record.reflection)
-    for form, has_reflection in (("policy", True), ("plain", False)):
-        [(prompt, completion)] = negatives.sft_examples([record], form, labels)
-        assert completion == "QRSTUV"[record.action] and f"\n{completion} {record.actions[record.action]}\n" in prompt
-        assert (record.reflection in prompt) == ("# Analyze" in prompt) == has_reflection
-        assert prompt.startswith(record.state) and prompt.endswith("# Action:\n")
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    return [
-        negatives.corpus_document(envs.DangerousTaxi, random.Random(i), lambda actions: (LABELS, None))
-        for i in range(400)
-    ]
-
-
-def test_corpus_has_no_reflection(corpus):
-    """Catches teacher text in the base LM: then what SFT adds would not be SFT's."""
-    for document in corpus:
-        said = r"# Analyze|Next goal: the|To (move \w+|pick up the passenger|drop off the passenger) was a mistake"
-        assert not re.search(said + r"|Passenger (on board|waiting)\.", document), document
-
-
-def test_corpus_has_no_expert_label(corpus):
-    """Catches expert actions in the base LM's text: the action taken is optimal as often as a fair die would have
-    it."""
-    expected, variance, optimal = 0.0, 0.0, 0
-    for document in corpus:
-        menu = dict(
-            line.split(" ", 1) for line in re.search(r"# Actions:\n(.*)# Action:\n", document, re.S)[1].splitlines()
-        )
-        label = document.split("# Action:\n")[1].splitlines()[0]
-        if "O" not in document.split("# ")[0] and parses(document):
-            good = maps.optimal(document)
-            p = len(good) / len(menu)
-            expected, variance, optimal = expected + p, variance + p * (1 - p), optimal + (menu[label] in good)
-    assert variance > 30, "too few documents to tell"
-    assert abs(optimal - expected) < 4.5 * variance**0.5, (
-        f"{optimal} optimal actions, {expected:.0f} expected by chance"
-    )
-
-
-def parses(document):
-    """Whether the map is one of an ordinary trip (in `pickup` mode no play goes on after a pickup)."""
-    rows = document.splitlines()[1:6]
-    return any("T" in row or "X" in row for row in rows)
-
-
-def test_corpus_menus_are_shuffled(corpus):
-    """Catches a base LM that learns "A is south" rather than "a label means its line"."""
-    first = [re.search(r"# Actions:\nA (.*)\n", document)[1] for document in corpus]
-    assert set(first) == set(maps.MENU)
-
-
-def test_corpus_comes_from_train_starts_only():
-    """Catches random play on test starts: a walk of length 0 shows the start itself."""
-    env = envs.make("taxi")
-    seen = {negatives.random_walk(env, random.Random(i), 0)[0] for i in range(300)}
-    allowed = {env.reset(options={"task": task, "mode": mode})[0] for task in env.tasks("train") for mode in env.modes}
-    assert seen <= allowed
+def test_teacher_data_is_made_once(tmp_path, capsys):
+    """Catches data that is made anew over what a finished stage rests on, and failures that nobody is told of."""
+    args = argparse.Namespace(trajectories=12, negatives=0.5, seed=0)
+    data = negatives.teacher_data(tmp_path, Unlucky, args)
+    assert {split: len(trajectories(data[split])) for split in data} == {"train": 12, "valid": 10}
+    assert "failed on" in capsys.readouterr().out
+    written = (tmp_path / "train.jsonl").read_bytes()
+    args.trajectories = 3
+    assert negatives.teacher_data(tmp_path, Line, args) == data
+    assert (tmp_path / "train.jsonl").read_bytes() == written
