@@ -103,6 +103,8 @@ class Labels:
     """
 
     def __init__(self, tokenizer, kind="letters"):
+        if kind not in ("letters", "words"):  # an environment's settings do not pass through argparse
+            raise UserError(f"no labels of the kind {kind!r}: letters or words")
         self.tokenizer, self.kind = tokenizer, kind
         self.end = encode(tokenizer, ACTION_HEADER)  # what every policy prompt ends with
         self.letters, self.menus = {}, {}  # token id -> label; actions -> what was answered before
@@ -820,8 +822,9 @@ class Run:
     def restore(self, parameters, optimizer):
         """Put the checkpoint in place and cut the log back to it: `(updates done, what else was saved)`."""
         path = self.folder / "checkpoint.pt"
-        if not path.exists():  # not even an evaluation before the first update counts
-            (self.folder / "log.jsonl").unlink(missing_ok=True)
+        if not path.exists():
+            if rank() == 0:  # not even an evaluation before the first update counts
+                (self.folder / "log.jsonl").unlink(missing_ok=True)
             return 0, {}
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -356,6 +356,9 @@ def train(args, sft_adapters):
         figures |= update(steps, players, critic, optimizer, args, number)
         if args.replay:
             buffer.extend(dataclasses.asdict(episode) for episode in episodes if episode.success)
+        counts = players.counts  # of reflections, those that this process needed
+        figures["cache_hits"] = counts["hits"] / max(1, counts["hits"] + counts["misses"])
+        figures["cut_reflections"] = counts["cuts"]
         figures["episodes_per_s"] = len(episodes) / (time.perf_counter() - began)
         last = number + 1 == args.updates
         if last or (args.eval_every and (number + 1) % args.eval_every == 0):
@@ -442,7 +445,7 @@ def report(run, figures, episodes, bar):
 def run_name(args):
     """`--name`, or one made of what the run is: `taxi-rl-ppo-no-curriculum-s0`."""
     if args.name:
-        if Path(args.name).name != args.name:
+        if Path(args.name).name != args.name or args.name == "..":
             raise UserError(f"--name {args.name} must stay inside the folder of all runs (--runs)")
         return args.name
     parts = [short_name(args.env), "rl"]

@@ -8,15 +8,16 @@
    training: every state has been reflected on before, and the policy has just changed, so that no action's probability
    is known yet. "memo off" forgets both at every turn: only equal states of one turn share them. "decoding free" has
    the reflections from the memo but reads the reflector's prompts all the same: no decoder gets further without a memo.
-2. The update: forward and backward of the policy-gradient loss on the steps that were played, by `Learner.minibatch`
-   (the head at one position, label rows only, equal prompts once), against full-vocabulary logits at every position
+2. The update: forward and backward of the policy-gradient loss on the steps that were played, by `rl.update`
+   (logits at one position, equal prompts once), against full-vocabulary logits at every position
    of every prompt. Also with equal prompts removed from the plain one, which leaves the cost of the logits alone.
 3. Memory: parameters and buffers of two players against one, at GPT-2 XL's shape, LoRA r 16, on the meta device.
 
-    python benchmarks/online_speed.py                # adapters of the newest run, else random ones
+    python benchmarks/online_speed.py --run runs/taxi-rl-s0
 """
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
@@ -27,25 +28,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GPT2Config
 
-import eval as evaluation
 import rl
 import sft
-from envs import UserError, run_main
+from envs import run_main
 from reflect_rl import (
-    Players,
-    adapter_parameters,
-    add_adapter,
-    add_common_options,
-    encode,
-    env_factory,
-    find_adapters,
-    load_base,
-    load_players,
-    newest_run,
-    parse_args,
-    play,
-    reflector_prompt,
-    use_adapter,
+    COMMON, adapter_parameters, adapters_of, add_adapter, add_options, as_trained, env_factory, load_players,
+    one_line, parse_args, play, reflector_prompt, use_adapter,
 )
 
 # ---------------------------------------------------------------------------------------------------------
@@ -75,20 +63,22 @@ class PlainPlayers:
         return written[:, inputs["input_ids"].shape[1] :]
 
     @torch.no_grad()
-    def __call__(self, states, actions, envs):
-        players, reflections = self.players, [None] * len(states)
+    def __call__(self, episodes, known):
+        players, states = self.players, [episode.state for episode in episodes]
+        reflections = [None] * len(states)
         if players.reflection:
             written = self.generate([reflector_prompt(s) for s in states], "reflect", players.max_reflection)
-            texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-            cut = [self.tokenizer.eos_token_id not in row.tolist() for row in written]
-            reflections = [players.close(text, c) for text, c in zip(texts, cut, strict=True)]
-        prompts = [players.prompt(*row) for row in zip(states, reflections, actions, strict=True)]
-        menus = [list(players.label_ids(menu)) for menu in actions]
+            for i, text in enumerate(self.tokenizer.batch_decode(written, skip_special_tokens=True)):
+                reflections[i] = one_line(text)
+                if self.tokenizer.eos_token_id not in written[i].tolist():  # cut: end with the last whole sentence
+                    reflections[i] = reflections[i][: reflections[i].rfind(".") + 1] or reflections[i]
+        steps = players.steps(states, [episode.actions for episode in episodes], reflections)
+        menus = [list(step.menu) for step in steps]
+        prompts = [step.prompt for step in steps]
         answers = self.generate(prompts, "policy", 1, lambda row, _: menus[row])[:, 0].tolist()
-        return reflections, [
-            [0.0 if label == answer else -torch.inf for label in menu]
-            for menu, answer in zip(menus, answers, strict=True)
-        ]
+        for step, answer in zip(steps, answers, strict=True):
+            step.log_probs = [0.0 if label == answer else -torch.inf for label in step.menu]
+        return steps
 
 
 def play_in_batches(actor, make_env, tasks, batch):
@@ -100,22 +90,24 @@ def play_in_batches(actor, make_env, tasks, batch):
 def forgetful(players):
     """The players with nothing remembered at every turn."""
 
-    def act(states, actions, envs):
-        players.clear_memo()
-        players.known.clear()
-        return players(states, actions, envs)
+    def act(episodes, known):
+        players.reflections.clear()
+        return players(episodes, {})
 
     return act
 
 
 def given_the_texts(players):
-    """The players with no score remembered, who read both prompts of every turn but need not write the reflections."""
+    """The players who read both prompts of every turn but need not write the reflections."""
 
-    def act(states, actions, envs):
-        players.known.clear()
-        with torch.no_grad():
-            players.features([reflector_prompt(state) for state in states], "reflect")
-        return players(states, actions, envs)
+    def act(episodes, known):
+        states = list(dict.fromkeys(episode.state for episode in episodes))
+        use_adapter(players.model, "reflect")
+        rows = [players.tokenizer(reflector_prompt(state))["input_ids"] for state in states]
+        ids, mask, positions = players.left_pad(rows)
+        with torch.inference_mode():
+            players.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        return players(episodes, {})
 
     return act
 
@@ -132,18 +124,16 @@ def moves(episodes):
 def rollouts(players, make_env, tasks, batch, single):
     """`(name, episodes, seconds)` of each way to play; the first `single` tasks only where one is played at a time."""
     plain = PlainPlayers(players)
-    players.clear_memo()
+    players.reflections.clear()
     rows = [("plain, one batch until all are done", *timed(lambda: play_in_batches(plain, make_env, tasks, batch)))]
     one = timed(lambda: play_in_batches(plain, make_env, tasks[:single], 1))
     rows.append((f"plain, one at a time ({single} episodes)", *one))
     off = timed(lambda: play(forgetful(players), make_env, tasks, greedy=True, batch=batch))
     rows.append(("ours, memo off", *off))
-    players.clear_memo()
-    players.known.clear()
+    players.reflections.clear()
     rows.append(("ours, memo cold", *timed(lambda: play(players, make_env, tasks, greedy=True, batch=batch))))
     free = timed(lambda: play(given_the_texts(players), make_env, tasks, greedy=True, batch=batch))
     rows.append(("ours, memo off, decoding free", *free))
-    players.known.clear()
     rows.append(("ours, memo warm", *timed(lambda: play(players, make_env, tasks, greedy=True, batch=batch))))
     return rows
 
@@ -163,40 +153,44 @@ def print_rollouts(rows, batch):
 # Update
 
 
-def plain_gradient(learner, batch, chosen, micro_batch):
+def plain_gradient(players, steps, micro_batch):
     """Backward of the policy-gradient loss with the logits of the whole vocabulary at every position."""
-    players, tokenizer = learner.players, learner.players.tokenizer
     use_adapter(players.model, "policy")
-    for start in range(0, len(chosen), micro_batch):
-        part = chosen[start : start + micro_batch]
-        rows = [torch.tensor(encode(tokenizer, batch.prompts[i])) for i in part]
-        last = torch.tensor([len(row) - 1 for row in rows])
+    for start in range(0, len(steps), micro_batch):
+        part = steps[start : start + micro_batch]
+        rows = [torch.tensor(step.ids) for step in part]
         ids = pad_sequence(rows, batch_first=True).to(players.device)  # right padding: a causal model needs no mask
         logits = players.model(ids, use_cache=False).logits.float()  # (B, T, V)
-        rows = [logits[i, end, list(batch.menus[step])] for i, (end, step) in enumerate(zip(last, part, strict=True))]
+        rows = [logits[i, len(step.ids) - 1, list(step.menu)] for i, step in enumerate(part)]
         log_probs = pad_sequence(rows, batch_first=True, padding_value=-torch.inf).log_softmax(-1)
-        log_prob = log_probs.gather(1, batch.action[part][:, None].to(logits.device))[:, 0]
-        (-(log_prob * batch.advantage[part].to(logits.device)).sum() / len(chosen)).backward()
+        action = torch.tensor([step.action for step in part], device=logits.device)
+        advantage = torch.tensor([step.advantage for step in part], device=logits.device)
+        log_prob = log_probs.gather(1, action[:, None])[:, 0]
+        (-(log_prob * advantage).sum() / len(steps)).backward()
 
 
-def gradient(learner):
-    return torch.cat([p.grad.flatten() for p in adapter_parameters(learner.players.model, "policy")])
+def gradient(players):
+    return torch.cat([p.grad.flatten() for p in adapter_parameters(players.model, "policy")])
 
 
 def updates(players, episodes, args):
     """`(name, steps, prompts, seconds, distance of the gradient from ours)` of each way to differentiate a batch."""
-    learner = rl.Learner(players, args)
-    batch = rl.make_batch(learner, episodes, args)
-    everything, kept = list(range(len(batch.prompts))), []
-    learner.optimizer.step = lambda: kept.append(gradient(learner))
-    _, seconds = timed(lambda: learner.minibatch(batch, everything, 0.0, rl.collections.Counter()))
-    rows = [("ours", len(everything), len(set(batch.prompts)), seconds, 0.0)]
-    once = list({prompt: i for i, prompt in enumerate(batch.prompts)}.values())
-    for name, chosen in (("full logits, every prompt", everything), ("full logits, equal prompts once", once)):
-        _, seconds = timed(lambda chosen=chosen: plain_gradient(learner, batch, chosen, args.micro_batch))
-        distance = ((gradient(learner) - kept[0]).norm() / kept[0].norm()).item()
-        rows.append((name, len(chosen), len(chosen), seconds, distance if chosen is everything else None))
-        learner.optimizer.zero_grad()
+    args = copy.copy(args)
+    args.entropy, kept = 0.0, []
+    _, _, optimizer = rl.make_learner(args, players, {})
+    optimizer.step = lambda: kept.append(gradient(players))
+    rl.give_advantages(episodes, args, players, None)
+    steps = [step for episode in episodes for step in episode.steps]
+    clip, rl.CLIP_NORM = rl.CLIP_NORM, float("inf")
+    _, seconds = timed(lambda: rl.update(steps, players, None, optimizer, args, 0))
+    rl.CLIP_NORM = clip
+    once = list({step.prompt: step for step in steps}.values())
+    rows = [("ours", len(steps), len(once), seconds, 0.0)]
+    for name, chosen in (("full logits, every prompt", steps), ("full logits, equal prompts once", once)):
+        _, seconds = timed(lambda chosen=chosen: plain_gradient(players, chosen, args.micro_batch))
+        distance = ((gradient(players) - kept[0]).norm() / kept[0].norm()).item()
+        rows.append((name, len(chosen), len(chosen), seconds, distance if chosen is steps else None))
+        optimizer.zero_grad()
     return rows
 
 
@@ -235,36 +229,21 @@ def print_memory():
 # ---------------------------------------------------------------------------------------------------------
 
 
-def make_players(args):
-    """The players of `--run`, of the newest run, or fresh random ones."""
-    try:
-        run = args.run or newest_run(args)
-    except UserError:
-        model, tokenizer = load_base(args.base, args.device)
-        torch.manual_seed(args.seed)
-        for name in ("reflect", "policy"):
-            add_adapter(model, name)
-            for parameter in adapter_parameters(model, name)[1::2]:  # the B matrices
-                torch.nn.init.normal_(parameter, std=0.02)
-        return Players(model, tokenizer, bf16=args.bf16, max_reflection=args.max_reflection), "random adapters"
-    return load_players(args, find_adapters(run)), str(run)
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Ratios of speed and memory.", allow_abbrev=False)
-    add_common_options(parser)
-    sft.add_sft_options(parser)
-    rl.add_rl_options(parser)
-    evaluation.add_panel_options(parser.add_argument_group("evaluation"))
-    parser.add_argument("--run", help="run whose adapters play (default: the newest)")
-    parser.add_argument("--tasks", type=int, default=48, help="episodes (default: 48)")
-    parser.add_argument("--single", type=int, default=6, help="episodes played one at a time (default: 6)")
-    parser.add_argument("--parallel", type=int, default=16, help="environments in a batch (default: 16)")
+    parser = argparse.ArgumentParser(description="Ratios of speed and memory.")
+    own = {
+        "run": ("", "run whose adapters play"),
+        "tasks": (48, "episodes"),
+        "single": (6, "episodes played one at a time"),
+        "parallel": (16, "environments in a batch"),
+    }
+    add_options(parser, COMMON, sft.DATA_OPTIONS, sft.OPTIONS, rl.OPTIONS, own)
     args = parse_args(parser)
     rl.resolve(args)
-    players, source = make_players(args)
-    tasks, make_env = env_factory(args)().tasks("train")[: args.tasks], env_factory(args)
-    print(f"{args.env}, base {args.base}, {source}, {torch.get_num_threads()} threads, {args.device}")
+    args = as_trained(args, args.run)
+    players, make_env = load_players(args, adapters_of(args.run)), env_factory(args)
+    tasks = make_env().tasks("train")[: args.tasks]
+    print(f"{args.env}, base {args.base}, {args.run}, {torch.get_num_threads()} threads, {args.device}")
     play(players, make_env, tasks[:4], greedy=True)  # warm up
     rows = rollouts(players, make_env, tasks, args.parallel, args.single)
     print_rollouts(rows, args.parallel)
