@@ -16,10 +16,8 @@ stay short. Tasks, repositories and rooms are read from data/, and what made the
 """
 
 import argparse
-import collections
 import functools
 import gzip
-import importlib
 import importlib.util
 import inspect
 import io
@@ -92,10 +90,52 @@ def missing(env, method):
     return UserError(f"the environment {type(env).__name__} needs a method {method}(), see envs.Env.{method}")
 
 
-def task_of(env, options):
-    """The task of a reset: the one in `options`, else one drawn from the train split with the env's own RNG."""
-    task = (options or {}).get("task")
-    return env.rng.choice(env.tasks("train")) if task is None else task
+class BuiltIn(Env):
+    """What the environments below share: tasks by split, the RNG, the horizon, and the form of `reset` and `step`.
+
+    Each brings the attribute `actions` and three methods: `begin(task, options)` sets an episode up, `act(action)`
+    returns `(reward, terminated)` and may set `success`, `render()` returns the state.
+    """
+
+    def __init__(self, all_tasks, horizon, **defaults):
+        self.all_tasks, self.horizon = all_tasks, horizon  # {split: tasks}, steps
+        self.defaults = defaults  # of the reset options
+        self.rng = random.Random()  # its own: nothing else that draws can change an episode
+        self.done = True
+
+    def tasks(self, split):
+        if split not in self.all_tasks:
+            raise UserError(f"unknown split {split!r}: there are tasks of {', '.join(self.all_tasks) or 'none'}")
+        return list(self.all_tasks[split])
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.rng = random.Random(seed)
+        options = self.defaults | (options or {})
+        task = options.get("task")
+        if task is None:
+            task = self.rng.choice(self.tasks("train"))
+        self.begin(task, options)
+        self.steps, self.done, self.success = 0, False, False
+        return self.render(), {"actions": self.actions, "success": False}
+
+    def step(self, action):
+        # Both are bugs of the caller. A negative index would be taken without a word.
+        if self.done:
+            raise RuntimeError("step() after the end of the episode: call reset() first")
+        if not 0 <= action < len(self.actions):
+            raise IndexError(f"action {action} is outside the {len(self.actions)} valid actions of this state")
+        reward, terminated = self.act(action)
+        self.steps += 1
+        truncated = not terminated and self.steps >= self.horizon
+        self.done = terminated or truncated
+        return self.render(), reward, terminated, truncated, {"actions": self.actions, "success": self.success}
+
+
+@functools.cache
+def shipped(path):
+    """The content of a packed JSON file of data/, read once a process: it is everybody's, so change nothing in it."""
+    return json.loads(gzip.decompress((DATA / path).read_bytes()))
 
 
 @functools.cache
@@ -105,14 +145,6 @@ def beside(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def check_action(env, action, actions):
-    """Refuse a step after the end or an index outside the action list: both are bugs of the caller."""
-    if env.done:
-        raise RuntimeError("step() after the end of the episode: call reset() first")
-    if not 0 <= action < len(actions):
-        raise IndexError(f"action {action} is outside the {len(actions)} valid actions of this state")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -160,7 +192,7 @@ def taxi_transition(state, action):
     return state, -10, False
 
 
-class DangerousTaxi(Env):
+class DangerousTaxi(BuiltIn):
     """Taxi-v3 in which every action that changes nothing ends the episode in failure.
 
     Map letters: `T` taxi, `P` waiting passenger, `D` destination, `O` taxi on the waiting passenger, `X` taxi with
@@ -174,41 +206,26 @@ class DangerousTaxi(Env):
     modes = ("full", "pickup", "dropoff")
 
     def __init__(self, mode="full", milestone=0.0, horizon=30):
-        self.defaults = {"mode": mode, "milestone": milestone}
-        self.horizon = horizon
-        self.rng = random.Random()
-        self.done = True
-
-    def tasks(self, split):
-        """180 / 30 / 90 starts. All starts that share taxi cell and destination are in one split, so that the
-        splits are disjoint in every mode (in `dropoff` mode the passenger's place is gone)."""
-        bounds = {"train": (0, 60), "valid": (60, 70), "test": (70, 100)}
-        if split not in bounds:
-            raise UserError(f"unknown split {split!r}: one of {', '.join(bounds)}")
-        groups = list(itertools.product(range(5), range(5), range(4)))  # row, column, destination
+        # All starts that share taxi cell and destination are in one split: in `dropoff` mode they are the same start.
+        groups, tasks = list(itertools.product(range(5), range(5), range(4))), {}  # row, column, destination
         random.Random(0).shuffle(groups)  # always the same order
-        groups = groups[slice(*bounds[split])]
-        return [taxi_encode(row, col, p, d) for row, col, d in groups for p in range(4) if p != d]
+        for split, part in (("train", groups[:60]), ("valid", groups[60:70]), ("test", groups[70:])):
+            tasks[split] = [taxi_encode(row, col, p, d) for row, col, d in part for p in range(4) if p != d]
+        super().__init__(tasks, horizon, mode=mode, milestone=milestone)
 
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.rng = random.Random(seed)  # its own: nothing else that draws can change an episode
-        options = self.defaults | (options or {})
+    def begin(self, task, options):
         self.mode, self.milestone = options["mode"], options["milestone"]
-        task = task_of(self, options)
         if self.mode not in self.modes:
             raise UserError(f"unknown mode {self.mode!r} of DangerousTaxi: one of {', '.join(self.modes)}")
         if not isinstance(task, int) or not 0 <= task < 500:
             raise UserError(f"a task of DangerousTaxi is a Taxi-v3 state number, 0 to 499, not {task!r}")
         row, col, passenger, destination = taxi_decode(task)
         self.taxi_state = taxi_encode(row, col, ON_BOARD, destination) if self.mode == "dropoff" else task
-        self.steps, self.done, self.success, self.last = 0, False, False, "none"
         self.before = self.taxi_state  # what the last action started from
+        self.last = "none"
         self.milestone_due = self.mode == "full"
-        return self.render(), self.info()
 
-    def step(self, action):
-        check_action(self, action, self.actions)
+    def act(self, action):
         self.before = self.taxi_state
         self.taxi_state, reward, arrived = taxi_transition(self.before, action)
         died = self.taxi_state == self.before  # the danger: Taxi-v3 would let the agent try again
@@ -216,32 +233,20 @@ class DangerousTaxi(Env):
         self.success = arrived or (self.mode == "pickup" and picked_up)
         if self.success:
             reward = 20
-        elif died:
-            reward = -10
         # Only the first pickup pays: to drop the passenger and pick him up again must not be a way to get rich.
         if picked_up and self.milestone_due:
             reward, self.milestone_due = reward + 20 * self.milestone, False
-        self.steps += 1
         self.last = self.actions[action] + (", which was fatal" if died else "")
-        terminated = self.success or died
-        truncated = not terminated and self.steps >= self.horizon
-        self.done = terminated or truncated
-        return self.render(), reward / 20, terminated, truncated, self.info()
-
-    def info(self):
-        return {"actions": self.actions, "success": self.success}
+        return (-10 if died else reward) / 20, self.success or died
 
     def render(self):
         row, col, passenger, destination = taxi_decode(self.taxi_state)
-        # Later letters cover earlier ones.
-        marks = [(*LANDMARKS[destination], "D")]
-        if passenger == ON_BOARD:
-            marks.append((row, col, "X"))
-        else:
-            marks.append((*LANDMARKS[passenger], "P"))
-            marks.append((row, col, "O" if (row, col) == LANDMARKS[passenger] else "T"))
+        # A passenger on board is where the taxi is. Later letters cover earlier ones.
+        place = (row, col) if passenger == ON_BOARD else LANDMARKS[passenger]
+        letters = {LANDMARKS[destination]: "D", place: "P"}
+        letters[row, col] = "X" if passenger == ON_BOARD else "O" if place == (row, col) else "T"
         grid = list(map(list, TAXI_MAP))  # a cell (r, c) is the character (r + 1, 2c + 1)
-        for r, c, letter in marks:
+        for (r, c), letter in letters.items():
             grid[r + 1][2 * c + 1] = letter
         return "\n".join(map("".join, grid)) + f"\nLast action: {self.last}."
 
@@ -268,24 +273,22 @@ class DangerousTaxi(Env):
 def taxi_offset(row, col, to_row, to_col):
     """Where a cell lies as seen from another: `2 south and 1 east`, `here`."""
     parts = []
-    if to_row != row:
-        parts.append(f"{to_row - row} south" if to_row > row else f"{row - to_row} north")
-    if to_col != col:
-        parts.append(f"{to_col - col} east" if to_col > col else f"{col - to_col} west")
+    for distance, onward, back in ((to_row - row, "south", "north"), (to_col - col, "east", "west")):
+        if distance:
+            parts.append(f"{abs(distance)} {onward if distance > 0 else back}")
     return " and ".join(parts) or "here"
 
 
 @functools.cache
 def taxi_distances(target):
     """Moves from every cell to `target`, by breadth-first search (moves are reversible): `{(row, col): moves}`."""
-    distances, queue = {target: 0}, collections.deque([target])  # the queue holds cells in order of distance
-    while queue:
-        cell = queue.popleft()
+    distances, cells = {target: 0}, [target]
+    for cell in cells:  # the list grows while it is read, in order of distance
         for action in MOVES:
             neighbour = taxi_move(*cell, action)
             if neighbour not in distances:
                 distances[neighbour] = distances[cell] + 1
-                queue.append(neighbour)
+                cells.append(neighbour)
     return distances
 
 
@@ -312,7 +315,7 @@ def pages_of(directory, cwd=(), hidden=frozenset()):
     """
     pages, room, chars = [[]], PAGE_ACTIONS - 2, PAGE_CHARS
     for name in sorted(directory, key=lambda name: (not isinstance(directory[name], dict), name)):
-        if cwd + (name,) in hidden:  # left out, see `reset`
+        if cwd + (name,) in hidden:  # left out, see `begin`
             continue
         cost = 1 if isinstance(directory[name], dict) else 2  # `cd`; `cat` and `id`
         if cost > room or (pages[-1] and len(name) > chars):
@@ -323,18 +326,7 @@ def pages_of(directory, cwd=(), hidden=frozenset()):
     return pages
 
 
-@functools.cache
-def read_repos(path):
-    """`({name: tree}, {split: tasks})` of the shipped file (None), or of a directory or file of yours."""
-    if path is None:  # no check: the tests compare the shipped file with what its maker makes
-        with gzip.open(DATA / "autoexplore" / "repos.json.gz", "rt", encoding="utf-8") as file:
-            data = json.load(file)
-    else:
-        data = beside("autoexplore/prepare.py").read(path)
-    return data["repos"], data["tasks"]
-
-
-class AutoExplore(Env):
+class AutoExplore(BuiltIn):
     """Find the file of a directory tree that answers a question.
 
     A task is a dict: `question`, `targets` (paths with `/`), `repo` (a name in `repos`), `depth` (0: a file of the root
@@ -346,35 +338,24 @@ class AutoExplore(Env):
     defaults here: `shuffle` the menu, `leave_out` (hide each file that is not a target with this probability).
     """
 
-    horizon = 15
     settings = {"labels": "words", "trajectories": 2000, "negatives": 0.75, "reflect_steps": 1000, "policy_steps": 500,
                 "updates": 40, "eval_every": 40, "rl_lr": 2e-3, "max_reflection": 160}
     training = {"shuffle": True, "leave_out": 0.2}
 
     def __init__(self, repos=None, horizon=15, shuffle=False, leave_out=0.0):
-        self.repos, self.all_tasks = read_repos(repos and os.path.abspath(str(repos)))
-        self.defaults = {"shuffle": shuffle, "leave_out": leave_out}
-        self.horizon = horizon
-        self.rng = random.Random()
-        self.done = True
-
-    def tasks(self, split):
-        """The repositories of `valid` and `test` are in no other split."""
-        if split not in self.all_tasks:
-            raise UserError(f"unknown split {split!r}: one of {', '.join(self.all_tasks)}")
-        return list(self.all_tasks[split])
+        own = beside("autoexplore/prepare.py").read(os.path.abspath(str(repos))) if repos else None
+        data = own or shipped("autoexplore/repos.json.gz")  # not checked here: a test compares it with its maker's
+        self.repos = data["repos"]  # {name: tree}
+        super().__init__(data["tasks"], horizon, shuffle=shuffle, leave_out=leave_out)
 
     def groups(self, task):
         return f"depth {task['depth']}", f"{task['kind']} repository"
 
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.rng = random.Random(seed)
-        options = self.defaults | (options or {})
-        self.task = task_of(self, options)
-        self.question = " ".join(self.task["question"].split())
-        self.targets = {tuple(target.split("/")) for target in self.task["targets"]}
-        self.tree = self.repos[self.task["repo"]]
+    def begin(self, task, options):
+        self.task = task
+        self.question = " ".join(task["question"].split())
+        self.targets = {tuple(target.split("/")) for target in task["targets"]}
+        self.tree = self.repos[task["repo"]]
         self.shuffle = options["shuffle"]
         self.hidden = set()  # paths of the files that are left out
         if options["leave_out"]:
@@ -382,9 +363,8 @@ class AutoExplore(Env):
                 if path not in self.targets and self.rng.random() < options["leave_out"]:
                     self.hidden.add(path)
         self.seen = set()  # paths of the files read and the directories entered
-        self.steps, self.done, self.success, self.last, self.result = 0, False, False, ("start", ""), ""
+        self.last, self.result = ("start", ""), ""
         self.enter(())
-        return self.render(), self.info()
 
     def enter(self, cwd):
         self.cwd, self.page = cwd, 0
@@ -410,11 +390,9 @@ class AutoExplore(Env):
             self.rng.shuffle(self.moves)
         self.actions = tuple(f"{verb} {name}".strip() for verb, name in self.moves)
 
-    def step(self, action):
-        check_action(self, action, self.actions)
+    def act(self, action):
         verb, name = self.last = self.moves[action]
-        self.steps, self.result = self.steps + 1, ""
-        reward = -0.02
+        reward, self.result = -0.02, ""
         if verb == "cd":
             self.enter(self.cwd[:-1] if name == ".." else self.cwd + (name,))
             self.seen.add(self.cwd)
@@ -428,13 +406,7 @@ class AutoExplore(Env):
             self.result = "right" if self.success else "wrong"
             reward += 1.0 if self.success else -0.5
         self.list_moves()  # also after `cat`: a file is read once
-        terminated = verb == "id"
-        truncated = not terminated and self.steps >= self.horizon
-        self.done = terminated or truncated
-        return self.render(), reward, terminated, truncated, self.info()
-
-    def info(self):
-        return {"actions": self.actions, "success": self.success}
+        return reward, verb == "id"
 
     def names_here(self):
         """The names on this page, directories with a slash, and those of them that have been read or visited."""
@@ -446,27 +418,16 @@ class AutoExplore(Env):
         return here, seen
 
     def render(self):
-        here, seen = self.names_here()
+        here, seen = map(" ".join, self.names_here())
         page = f" (page {self.page + 1} of {len(self.pages)})" if len(self.pages) > 1 else ""
-        lines = [
-            f"Question: {self.question}",
-            f"Directory: /{'/'.join(self.cwd)}",
-            f"Here: {' '.join(here) or 'nothing'}{page}",
-            f"Seen: {' '.join(seen) or 'nothing'}",
-            f"Last: {' '.join(self.last)}".strip(),
-        ]
-        if self.result:
-            lines.append(self.result)
-        return "\n".join(lines)
+        lines = f"Question: {self.question}\nDirectory: /{'/'.join(self.cwd)}\nHere: {here or 'nothing'}{page}\n"
+        lines += f"Seen: {seen or 'nothing'}\nLast: {' '.join(self.last)}".strip()
+        return f"{lines}\n{self.result}" if self.result else lines
 
     def expert_action(self):
         """One step of a shortest way to the nearest target: there, read it unless that was done, and identify it."""
-
-        def distance(target):
-            shared = len(os.path.commonprefix([self.cwd, target[:-1]]))
-            return len(self.cwd) + len(target) - 2 * shared, target
-
-        target = min(self.targets, key=distance)
+        # Up to the directory that both ways share, and down again; our own depth is the same in each.
+        target = min(self.targets, key=lambda t: (len(t) - 2 * len(os.path.commonprefix([self.cwd, t[:-1]])), t))
         if target[: len(self.cwd)] != self.cwd:
             move = ("cd", "..")  # the target is not below this directory
         elif len(target) > len(self.cwd) + 1:
@@ -476,11 +437,10 @@ class AutoExplore(Env):
         return self.moves.index(move if move in self.moves else ("more", ""))  # it may be on another page
 
     def mistakes(self):
-        """The actions that are not the expert's and do not end the episode.
+        """The actions that are not the expert's and do not end the episode; none once the answer has been read.
 
-        None once the answer has been read: a state shows only the file read last, so the reflector could not know
-        which of the files read before was the right one. When the expert would read a file, the mistake is to read
-        another: such files have some words of the question, but not all.
+        A state shows only the file read last, so the reflector could not know which of those before was the right one.
+        When the expert would read a file, the mistake is to read another: it has some words of the question, not all.
         """
         if self.seen & self.targets:
             return []
@@ -505,12 +465,6 @@ def household():
     return json.loads((DATA / "alfworld" / "house.json").read_text(encoding="utf-8").lower())
 
 
-@functools.cache
-def household_tasks():
-    """The built-in tasks and their rooms, `{split: [task]}`; data/alfworld/prepare.py draws them."""
-    return json.loads(gzip.decompress((DATA / "alfworld" / "tasks.json.gz").read_bytes()))
-
-
 def kind(thing):
     """`tomato` of `tomato 1`."""
     return thing.split()[0]
@@ -529,18 +483,6 @@ def listing(things):
     return ", ".join(words[:-1]) + ", and " + words[-1]
 
 
-def goal_of(sentence):
-    """`{"type", "object", "target"}` of a task sentence in ALFWorld's templates, None for free text. The target of
-    `look_at_obj_in_light` is the lamp."""
-    for name, templates in household()["sentences"].items():
-        for template in templates:
-            # The template with its two gaps as groups of a pattern.
-            pattern = template.format(object=r"(?P<object>\w+)", target=r"(?P<target>\w+)")
-            if match := re.fullmatch(pattern, sentence):
-                return {"type": name, **match.groupdict()}
-    return None
-
-
 def treatment(type_name):
     """The verb of a task type (`clean`, `heat`, `cool`), or None."""
     return next((verb for verb in STATIONS if f"_{verb}_" in type_name), None)
@@ -554,11 +496,12 @@ def homes_of(name):
     return list(dict.fromkeys(homes))  # without repetitions, in order
 
 
-def likely(name, places):
-    """`places` in the order in which one would look for an object: where it is usually kept, then the rest."""
-    homes = homes_of(name)
-    # The sort is stable: places of equal rank keep the order of their names.
-    return sorted(places, key=lambda place: homes.index(kind(place)) if kind(place) in homes else len(homes))
+def likely(name, notes):
+    """The places that were not searched, in the order in which one would look for an object."""
+    homes, places = homes_of(name), notes.unsearched()
+    # Where it is usually kept comes first. Both sorts are stable: places of equal rank keep their order.
+    places.sort(key=lambda place: homes.index(kind(place)) if kind(place) in homes else len(homes))
+    return sorted(places, key=lambda place: place != notes.here)  # a closed one in front of us before all others
 
 
 class House:
@@ -675,13 +618,13 @@ class House:
             # The lamp is beside the agent and was used at any time; the object is in hand.
             holds = self.hand is not None and kind(self.hand) == name
             return holds and any(kind(lamp) == target and self.places[lamp] == self.here for lamp in self.lit)
-        placed = collections.Counter()  # receptacle -> how many of the wanted objects it holds, treated as asked
+        placed = []  # the receptacles of the wanted objects that are treated as asked and in the right kind of place
         for thing, place in self.places.items():
             is_treated = verb is None or TRAITS[verb] in self.traits[thing]
             if kind(thing) == name and kind(place) == target and is_treated:
-                placed[place] += 1
+                placed.append(place)
         # Two objects must be in the same receptacle.
-        return max(placed.values(), default=0) >= (2 if "two" in self.task["type"] else 1)
+        return max(map(placed.count, placed), default=0) >= (2 if "two" in self.task["type"] else 1)
 
 
 class Notes:
@@ -740,7 +683,7 @@ class Notes:
         return " ".join([*lit, *sorted(self.traits.get(thing, ())), thing])
 
 
-class ALFWorld(Env):
+class ALFWorld(BuiltIn):
     """Household tasks in ALFWorld's language, on the built-in engine or, with `games=PATH`, on the real one.
 
     A built-in task is a dictionary: `type`, `object`, `target`, the `sentence` that asks for it, and its room, a list
@@ -755,60 +698,37 @@ class ALFWorld(Env):
                 "updates": 25, "rl_lr": 2e-3, "eval_every": 25}
 
     def __init__(self, games=None, milestone=0.0, horizon=0):
-        self.engine, self.all_tasks = None, household_tasks()
+        self.house = self.engine = None
         if games:
             self.engine = beside("alfworld/real_engine.py")
-            self.all_tasks = self.engine.find_games(games)
             self.engine.import_alfworld()  # a missing package shows now, and not after the training
-        self.default_milestone = milestone
-        self.horizon = horizon or (50 if games else 30)  # real rooms are larger; 50 is what ALFWorld's authors use
-        self.rng = random.Random()
-        self.house, self.done = None, True
-
-    def tasks(self, split):
-        if split not in self.all_tasks:
-            raise UserError(f"unknown split {split!r}: one of {', '.join(self.all_tasks)}")
-        if not self.all_tasks[split]:
-            counts = ", ".join(f"{len(found)} of split {name}" for name, found in self.all_tasks.items())
-            raise UserError(f"no game of split {split!r} in the games directory: there are {counts}")
-        return list(self.all_tasks[split])
+        tasks = self.engine.find_games(games) if games else shipped("alfworld/tasks.json.gz")
+        # Real rooms are larger; 50 is what ALFWorld's authors use.
+        super().__init__(tasks, horizon or (50 if games else 30), milestone=milestone)
 
     def groups(self, task):
         """The type, and whether training had this combination of object and target (known for built-in rooms)."""
         known = [f"{task['combination']} combination"] if "combination" in task else []
         return (task["type"].replace("_", " "), *known)
 
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.rng = random.Random(seed)
-        self.milestone = (options or {}).get("milestone", self.default_milestone)
-        task = task_of(self, options)
+    def begin(self, task, options):
         if not isinstance(task, dict):
             raise UserError(f"a task of ALFWorld is a dictionary with a room or a game, not {task!r}")
+        self.milestone = options["milestone"]
         if self.house is None or self.house.task != task:  # to start the real engine anew would take a second
             self.house = self.engine.TextWorldGame(task) if self.engine else House(task)
         self.notes = Notes(self.house.reset())
-        # The sentence comes first: it is all that a player has. Sentences written by people fit no template.
-        self.goal = goal_of(self.notes.sentence) or self.house.goal
-        self.steps, self.done, self.success, self.reached = 0, False, False, set()
+        self.goal = self.house.goal  # None where it is not known
         self.reached = self.passed()  # what holds at the start is not an achievement
         self.actions = tuple(self.house.commands())
-        return self.render(), self.info()
 
-    def step(self, action):
-        check_action(self, action, self.actions)
-        self.notes.update(self.actions[action], self.house.do(self.actions[action]))
+    def act(self, action):
+        command = self.actions[action]
+        self.notes.update(command, self.house.do(command))
         self.actions, self.success = tuple(self.house.commands()), self.house.won
         new = self.passed() - self.reached
         self.reached |= new  # each milestone is paid once
-        self.steps += 1
-        truncated = not self.success and self.steps >= self.horizon
-        self.done = self.success or truncated
-        reward = float(self.success) - 0.01 + self.milestone * len(new)
-        return self.render(), reward, self.success, truncated, self.info()
-
-    def info(self):
-        return {"actions": self.actions, "success": self.success, "milestones": tuple(sorted(self.reached))}
+        return float(self.success) - 0.01 + self.milestone * len(new), self.success
 
     def render(self):
         notes, goal = self.notes, self.goal
@@ -824,17 +744,15 @@ class ALFWorld(Env):
         if goal and notes.hand and kind(notes.hand) != goal["object"]:
             held += f" (from {notes.origin})"  # the expert takes a wrong object back: the policy must see the way, too
         searched = [place for place in notes.receptacles if place in notes.contents]
-        lines = [
-            f"Your task is to: {notes.sentence}.",
-            f"Not searched: {', '.join(notes.unsearched()) or 'nothing'}.",
-            f"Searched: {', '.join(searched) or 'nothing'}.",
-            f"Seen: {', '.join(seen) or 'nothing'}.",
-            f"In hand: {held}.",
-            f"You are at: {here or 'the middle of the room'}.",
-            f"Last action: {notes.command}.",
-            notes.observation,
-        ]
-        return "\n".join(lines)
+        return (
+            f"Your task is to: {notes.sentence}.\n"
+            f"Not searched: {', '.join(notes.unsearched()) or 'nothing'}.\n"
+            f"Searched: {', '.join(searched) or 'nothing'}.\n"
+            f"Seen: {', '.join(seen) or 'nothing'}.\n"
+            f"In hand: {held}.\n"
+            f"You are at: {here or 'the middle of the room'}.\n"
+            f"Last action: {notes.command}.\n{notes.observation}"
+        )
 
     def ready(self, thing):
         """Whether an object has had the treatment that the task asks for."""
@@ -870,7 +788,11 @@ class ALFWorld(Env):
         notes, goal = self.notes, self.goal
         if goal is None:
             raise UserError(f"no search expert for {notes.sentence!r}, which is not one of ALFWorld's templates")
-        verb, wanted, target = "take", goal["object"], self.best_target()
+        verb, wanted = "take", goal["object"]
+        # Things go to the receptacle of the right kind that holds most of them already.
+        done = [place for thing, place in notes.where(wanted).items() if self.ready(thing)]
+        places = [place for place in notes.receptacles if kind(place) == goal["target"]]
+        target = max(places, key=done.count, default=None)  # the first of equals
         if notes.hand and kind(notes.hand) != wanted:
             # A wrong object goes down here if it may, else back to its place: there it certainly may.
             fits_here = f"move {notes.hand} to {notes.here}" in self.actions
@@ -890,35 +812,22 @@ class ALFWorld(Env):
         thing = min(found, key=lambda t: (found[t] != notes.here, not notes.traits.get(t)))
         return verb, thing, found[thing]
 
-    def best_target(self):
-        """The receptacle to bring things to: the one that holds most of them already, else the first of its kind."""
-        done = [place for thing, place in self.notes.where(self.goal["object"]).items() if self.ready(thing)]
-        places = [place for place in self.notes.receptacles if kind(place) == self.goal["target"]]
-        return max(places, key=done.count, default=None)
-
-    def expert_command(self):
+    def expert_action(self):
         """The next command of a sensible person who knows only what was shown: searches likely places in order."""
         verb, thing, place = self.subgoal()
         if verb == "find":
-            left = likely(thing, self.notes.unsearched())
-            if self.notes.here in left:  # a closed one in front of us
-                place = self.notes.here
-            elif left:
-                place = left[0]
+            place = next(iter(likely(thing, self.notes)), None)
             wishes = [f"open {place}", f"go to {place}", f"examine {place}", "look"]
         else:
-            steps = {"use": f"use {thing}", "take": f"take {thing} from {place}"}
-            steps["place"] = steps["drop"] = f"move {thing} to {place}"
-            wishes = [steps.get(verb, f"{verb} {thing} with {place}"), f"open {place}", f"go to {place}"]
+            move, treat = f"move {thing} to {place}", f"{verb} {thing} with {place}"
+            steps = {"use": f"use {thing}", "take": f"take {thing} from {place}", "place": move, "drop": move}
+            wishes = [steps.get(verb, treat), f"open {place}", f"go to {place}"]
         # The last step of the errand comes first. Official rooms have places side by side: the agent can use the second
         # from the first, and cannot go to it.
-        return next((wish for wish in wishes if wish in self.actions), wishes[-1])
-
-    def expert_action(self):
-        command = self.expert_command()
-        if command not in self.actions:
-            raise RuntimeError(f"the expert asks for {command!r}, which is not admissible here:\n{self.render()}")
-        return self.actions.index(command)
+        for wish in wishes:
+            if wish in self.actions:
+                return self.actions.index(wish)
+        raise RuntimeError(f"none of the expert's commands {wishes} is admissible here:\n{self.render()}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -960,10 +869,10 @@ def make(name, **options):
         signature.bind(**options)
     except TypeError as error:
         raise UserError(f"environment {name!r} does not take these options {options}: {error}") from None
-    for key, value in options.items():
+    for key, parameter in signature.parameters.items():
         # On the command line a number may be misspelt, and would end in a TypeError much later.
-        default = signature.parameters[key].default if key in signature.parameters else None
-        if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
+        value, numbers = options.get(key, parameter.default), (int, float)
+        if isinstance(parameter.default, numbers) and not isinstance(value, numbers):
             raise UserError(f"{key} of environment {name!r} must be a number, not {value!r}")
     return cls(**options)
 

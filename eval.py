@@ -219,7 +219,12 @@ def main():
         return plot(args)
     rows = [] if args.run else baseline_rows(args)
     for folder in [args.run] if args.run else runs_of(args):
-        rows += run_rows(folder, args)
+        try:
+            rows += run_rows(folder, args)
+        except UserError as error:
+            if args.run:
+                raise
+            print(f"note: {error}")  # a run that cannot play, perhaps not yet, must not hide the others
     if not rows:
         raise UserError(f"{args.run} holds no policy yet: it was stopped before it was saved")
     print_table(rows)

@@ -17,7 +17,6 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import envs
 from envs import UserError
@@ -35,23 +34,24 @@ EXTRA_MISTAKES = 2  # in a negative trajectory, on average, beside the certain o
 MOST_FAILURES = 20  # tasks in a row that the expert may fail on before the data set is given up
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Record:
-    """One step of teacher data, a line of the JSONL file. `action` indexes the expert's choice in `actions`."""
+    """One step of teacher data, a line of the JSONL file; a `UserError` where a field is not what it should be."""
 
     trajectory: int  # number of the trajectory in its data set
     negative: bool  # whether that trajectory is perturbed
     mistake: bool  # whether the action that led to this state was the perturbation
     state: str
-    reflection: str
+    reflection: str  # any text; it is brought into its normal form
     actions: tuple
-    action: int
+    action: int  # index of the expert's choice in `actions`
 
     def __post_init__(self):
-        """A `UserError` where a field is not what it should be: a file or an environment may come from anywhere."""
+        if isinstance(self.actions, list):  # JSON has no tuples
+            self.actions = tuple(self.actions)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # True is an int to Python, and would quietly mean the second action
+            # True is an int to Python, and would quietly mean the second action.
             if not isinstance(value, field.type) or (field.type is int and isinstance(value, bool)):
                 raise UserError(f"{field.name} must be of type {field.type.__name__}, not {str(value)[:80]!r}")
         try:  # half of a surrogate pair is a str to Python, and no text to a tokenizer
@@ -60,10 +60,12 @@ class Record:
             raise UserError(f"state, reflection and actions must be Unicode texts: {error}") from None
         if not 0 <= self.action < len(self.actions):
             raise UserError(f"action must be an index of the {len(self.actions)} actions, not {self.action}")
+        self.reflection = one_line(self.reflection)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Words, as AutoExplore's questions and names are compared. The makers of its data use the same.
+# AutoExplore's words and sentences. The makers of its data compare words the same way. The base LM's corpus has the
+# same sentences (models/nano/make.py): the base can finish these already, and would have to learn others first.
 
 # These say nothing about what a file is about.
 STOP = """
@@ -97,11 +99,6 @@ def stems_of(text):
     return {stem(word) for word in words_of(text)}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sentences about AutoExplore. The teacher says what it sees in the very sentences of the base LM's corpus
-# (models/nano/make.py), which the base can finish already: other words would have to be learned first.
-
-
 def asked(env):
     """The words of the question, as they are spelt there."""
     return list(dict.fromkeys(spelt_words_of(env.question)))
@@ -120,10 +117,6 @@ def say_question(env):
 def say_name(env, place, name):
     """What a name has of the question; `place` is "The name" (of something here) or "On the way"."""
     return f"{place} {name} has {', '.join(matches(env, name)) or 'no word'}."
-
-
-def say_way(env):
-    return [say_name(env, "On the way", f"{name}/") for name in env.cwd]
 
 
 def say_file(env):
@@ -156,36 +149,28 @@ def reflect_on_taxi(env, mistake):
 
 def reflect_on_exploration(env, mistake):
     """What the question is about, what the last move brought, what fits here, and the next sub-goal."""
-    verb, name = env.moves[env.expert_action()]
-    parts = [say_question(env), *say_last_move(env, mistake)]
+    (verb, name), (last_verb, last_name) = env.moves[env.expert_action()], env.last
+    parts = [say_question(env)]
+    if last_verb == "cat":
+        parts += say_file(env)
+        if env.cwd + (last_name,) not in env.targets:
+            parts.append("Mistake: that is the wrong file.")
+    elif mistake:
+        wrong = {("more", ""): "it was on another page", ("cd", ".."): "it was further down"}
+        parts.append(f"Mistake: {wrong.get(env.last, f'{last_name}/ is the wrong way')}.")
     if verb != "id":
-        directories = [name for name in env.names_here()[0] if name.endswith("/")]
-        verdicts = [say_name(env, "The name", name) for name in directories]
+        here, _ = env.names_here()
+        verdicts = [say_name(env, "The name", name) for name in here if name.endswith("/")]
         if len(verdicts) > 6:  # too long for a reflection: leave out those that do not fit
             verdicts = [verdict for verdict in verdicts if "no word" not in verdict]
-        parts += verdicts + say_way(env)
+        parts += verdicts + [say_name(env, "On the way", f"{name}/") for name in env.cwd]
     elif env.last != ("cat", name):  # the answer was read a while ago, and its text is not in the state any more
         parts.append(f"{name} has it.")
-    if (verb, name) == ("cd", ".."):
+    goal = {"cd": "go down", "cat": "read a file here", "id": "identify it", "more": "turn the page"}[verb]
+    if name == "..":
         parts.append("It is not here.")
-    if verb == "cd":
-        goal = "go up" if name == ".." else "go down"
-    else:
-        goal = {"cat": "read a file here", "id": "identify it", "more": "turn the page"}[verb]
+        goal = "go up"
     return " ".join([*parts, f"Next: {goal}."])
-
-
-def say_last_move(env, mistake):
-    """Where each word of the question was found, if a file was read; whether the move was a mistake."""
-    verb, name = env.last
-    if verb == "cat":
-        wrong = [] if env.cwd + (name,) in env.targets else ["Mistake: that is the wrong file."]
-        return say_file(env) + wrong
-    if not mistake:
-        return []
-    if verb == "more":
-        return ["Mistake: it was on another page."]
-    return ["Mistake: it was further down." if name == ".." else f"Mistake: {name}/ is the wrong way."]
 
 
 def useless(env):
@@ -210,102 +195,79 @@ def useless(env):
     return verb in ("look", "inventory", "close", "use") and not env.success
 
 
-def whereabouts(env):
-    """What is known of the object that the task is about."""
-    notes, name = env.notes, env.goal["object"]
-    if notes.hand and envs.kind(notes.hand) == name:
-        return f"In hand is {notes.title(notes.hand)}."
-    placed, known = [], []
-    for thing, place in notes.where(name).items():
-        if envs.kind(place) == env.goal["target"] and env.ready(thing):
-            placed.append(f"{thing} is placed.")
-        else:
-            known.append(f"{notes.title(thing)} is in {place}.")
-    return " ".join(placed[:1] + known[:1]) or f"No {name} was seen."
-
-
 def errand(env):
     """The next sub-goal in words; of something that is to be found, the two best places to look for it."""
     verb, thing, place = env.subgoal()
     if verb == "find":
         homes, here = envs.homes_of(thing), env.notes.here
-        likely = envs.likely(thing, env.notes.unsearched())
-        left = [other for other in likely if other == here or envs.kind(other) in homes]
-        hints = sorted(left, key=lambda other: other != here)[:2]  # a closed one in front of us first
-        return f"find the {thing}, perhaps in {' or '.join(hints)}" if hints else f"find the {thing} in another place"
-    if verb in envs.STATIONS:
-        return f"{verb} {thing} at {place}"
-    return {
+        hints = [other for other in envs.likely(thing, env.notes) if other == here or envs.kind(other) in homes]
+        where = " or ".join(hints[:2])
+        return f"find the {thing}, perhaps in {where}" if hints else f"find the {thing} in another place"
+    words = {
         "take": f"get {thing} from {place}",
         "drop": f"put down {thing}",
         "use": f"light {thing} in {place}",
         "place": f"bring {thing} to {place}",
-    }[verb]
+    }
+    return words.get(verb, f"{verb} {thing} at {place}")  # else it is to be cleaned, heated or cooled
 
 
 def reflect_on_household(env, mistake):
-    """Where am I, was the last action of use, what do I know, what is to be done."""
-    notes = env.notes
-    here = f"You are at {notes.here or 'the middle of the room'}."
-    shut = f" {notes.here} is closed." if notes.here in notes.shut else ""
+    """Where am I, was the last action of use, what do I know of the object, what is to be done."""
+    notes, name, target = env.notes, env.goal["object"], env.goal["target"]
     wrong = f"To {notes.command.split()[0]} was of no use. " if mistake and useless(env) else ""
-    target = f"The {'lamp is a' if env.goal['type'].startswith('look') else 'target is the'} {env.goal['target']}."
-    return f"{wrong}{here}{shut} {target} {whereabouts(env)} Next goal: {errand(env)}."
+    shut = f" {notes.here} is closed." if notes.here in notes.shut else ""
+    role = "lamp is a" if env.goal["type"].startswith("look") else "target is the"
+    placed, known = [], []
+    for thing, place in notes.where(name).items():
+        if envs.kind(place) == target and env.ready(thing):
+            placed.append(f"{thing} is placed.")
+        else:
+            known.append(f"{notes.title(thing)} is in {place}.")
+    known = " ".join(placed[:1] + known[:1]) or f"No {name} was seen."
+    if notes.hand and envs.kind(notes.hand) == name:
+        known = f"In hand is {notes.title(notes.hand)}."
+    here = notes.here or "the middle of the room"
+    return f"{wrong}You are at {here}.{shut} The {role} {target}. {known} Next goal: {errand(env)}."
 
 
-TEACHERS = {
-    envs.DangerousTaxi: reflect_on_taxi,
-    envs.AutoExplore: reflect_on_exploration,
-    envs.ALFWorld: reflect_on_household,
-}
+TEACHERS = {envs.DangerousTaxi: reflect_on_taxi, envs.AutoExplore: reflect_on_exploration,
+            envs.ALFWorld: reflect_on_household}
 
 
 def reflection_of(env, mistake):
-    """The teacher's words on the current state, one line. A class's own method comes before a built-in teacher."""
+    """The teacher's words on the current state. A class's own method comes before a built-in teacher."""
     teacher = type(env).reflection  # of `Env` itself: a UserError that names the class and the method
     for cls, built_in in TEACHERS.items():
         if isinstance(env, cls) and not env.has("reflection"):
             teacher = built_in
-    text = teacher(env, mistake)
-    if not isinstance(text, str):
-        raise UserError(f"{type(env).__name__}.reflection must return a text, not {text!r}")
-    return one_line(text)
+    return teacher(env, mistake)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Trajectories
 
 
-class Situation(NamedTuple):
-    """What an environment last returned, copied at once: it may reuse one `info` dict or list."""
+def replay(env, options, seed, actions):
+    """Reset and take `actions` again; `(state, info, whether that was the end)`.
 
-    state: str
-    actions: tuple
-    success: bool
-    over: bool
-
-
-def take(env, action):
-    state, _, terminated, truncated, info = env.step(action)
-    return Situation(state, tuple(info["actions"]), bool(info["success"]), bool(terminated or truncated))
-
-
-def begin(env, options, seed, actions=()):
-    """Reset, and repeat `actions`. Environments are deterministic given their seed, so this is how to go back."""
+    Environments are deterministic given their seed, so this is how to go back.
+    """
     state, info = env.reset(seed=seed, options=options)
-    now = Situation(state, tuple(info["actions"]), bool(info["success"]), False)
+    over = False
     for action in actions:
-        now = take(env, action)
-    return now
+        state, _, terminated, truncated, info = env.step(action)
+        over = terminated or truncated
+    return state, info, over
 
 
-def expert_steps(env, now):
+def expert_steps(env):
     """Steps that the expert still needs, None if it does not get there; leaves the environment at its end."""
-    steps = 0
-    while not now.over:
-        now = take(env, env.expert_action())
-        steps += 1
-    return steps if now.success else None
+    steps, over = 0, False
+    while not over:
+        _, _, terminated, truncated, info = env.step(env.expert_action())
+        steps, over = steps + 1, terminated or truncated
+    return steps if info["success"] else None
 
 
 def perturbation(env, options, history, seed, rng):
@@ -317,17 +279,17 @@ def perturbation(env, options, history, seed, rng):
     known = env.mistakes()
     if known is not None:
         return rng.choice(known) if known else None
-    now = begin(env, options, seed, history)
-    candidates = list(range(len(now.actions)))
+    _, info, _ = replay(env, options, seed, history)
+    candidates = list(range(len(info["actions"])))
     rng.shuffle(candidates)
-    here, found = expert_steps(env, now), None
+    here, found = expert_steps(env), None
     for action in candidates:
-        now = begin(env, options, seed, [*history, action])
-        left = None if now.over else expert_steps(env, now)
+        _, _, over = replay(env, options, seed, [*history, action])
+        left = None if over else expert_steps(env)
         if left is not None and left >= here:  # still winnable, and no nearer
             found = action
             break
-    begin(env, options, seed, history)
+    replay(env, options, seed, history)
     return found
 
 
@@ -339,25 +301,25 @@ def trajectory(env, options, number, negative, seed):
     the right one, so that the policy could not tell them apart.
     """
     rng = random.Random(seed)
-    # First the expert alone: does it get there, and in how many steps?
-    length = expert_steps(env, begin(env, options, seed))
+    env.reset(seed=seed, options=options)
+    length = expert_steps(env)  # first the expert alone: does it get there, and in how many steps?
     if length is None:
         return None
-    certain, share = None, 0.0
-    if negative:  # one step that is surely perturbed, and a share of all steps
-        certain, share = rng.randrange(length), min(0.4, EXTRA_MISTAKES / length)
-    history, records, mistake = [], [], False
-    now = begin(env, options, seed)
-    while not now.over:
+    certain = rng.randrange(length) if negative else None  # one step that is surely perturbed
+    share = min(0.4, EXTRA_MISTAKES / length) if negative else 0.0  # of all steps
+    history, records, mistake, over = [], [], False, False
+    state, info = env.reset(seed=seed, options=options)
+    while not over:
+        actions = tuple(info["actions"])  # a copy: an environment may change its list in the next step
         action = int(env.expert_action())
-        reflection = reflection_of(env, mistake)
         # The label is the expert's action, whatever is done next.
-        records.append(Record(number, negative, mistake, now.state, reflection, now.actions, action))
+        records.append(Record(number, negative, mistake, state, reflection_of(env, mistake), actions, action))
         wrong = len(history) == certain or rng.random() < share
         detour = perturbation(env, options, history, seed, rng) if wrong else None
         mistake = detour is not None
         history.append(detour if mistake else action)
-        now = take(env, history[-1])
+        state, _, terminated, truncated, info = env.step(history[-1])
+        over = terminated or truncated
     return records
 
 
@@ -372,19 +334,19 @@ def make_records(make_env, trajectories, negatives, seed, split="train"):
     tasks = env.tasks(split)
     if not tasks:
         raise UserError(f"{type(env).__name__} has no tasks in its {split} split")
-    records, number, failed, in_a_row = [], 0, 0, 0
+    records, failed = [], 0
     perturbed = round(trajectories * negatives)  # the first ones: an exact share
-    while number < trajectories:
-        options = {**env.training, "task": rng.choice(tasks)}
-        found = trajectory(env, options, number, number < perturbed, rng.getrandbits(32))
-        if found is None:
-            failed, in_a_row = failed + 1, in_a_row + 1
-            if in_a_row == MOST_FAILURES:
-                name, task = type(env).__name__, str(options["task"])[:80]
-                raise UserError(f"the expert of {name} failed on {in_a_row} tasks in a row, the last one {task}")
-            continue
-        records += found
-        number, in_a_row = number + 1, 0
+    for number in range(trajectories):
+        for _ in range(MOST_FAILURES):
+            options = {**env.training, "task": rng.choice(tasks)}
+            steps = trajectory(env, options, number, number < perturbed, rng.getrandbits(32))
+            if steps is not None:
+                break
+            failed += 1
+        if steps is None:
+            name, task = type(env).__name__, str(options["task"])[:80]
+            raise UserError(f"the expert of {name} failed on {MOST_FAILURES} tasks in a row, the last one {task}")
+        records += steps
     return records, failed
 
 
@@ -395,16 +357,6 @@ def make_records(make_env, trajectories, negatives, seed, split="train"):
 def write_records(records, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
-
-
-def read_record(line):
-    fields = json.loads(line)
-    if not isinstance(fields, dict):
-        raise UserError("a record must be a JSON object")
-    if isinstance(fields.get("actions"), list):  # JSON has no tuples
-        fields["actions"] = tuple(fields["actions"])
-    record = Record(**fields)
-    return dataclasses.replace(record, reflection=one_line(record.reflection))
 
 
 def read_records(path):
@@ -419,7 +371,7 @@ def read_records(path):
     # Not splitlines(): it also breaks at U+2028 and U+0085, which may stand inside a JSON text.
     for number, line in enumerate(text.rstrip().split("\n"), 1):
         try:
-            records.append(read_record(line))
+            records.append(Record(**json.loads(line)))
         except (UserError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     return records
@@ -456,14 +408,13 @@ def main():
     records, failed = make_records(env_factory(args), args.trajectories, args.negatives, args.seed, args.split)
     out = args.out or f"{args.runs}/{short_name(args.env)}-data.jsonl"
     write_records(records, out)
-    # Show one whole trajectory, with a mistake if there is one.
-    mistakes = [record for record in records if record.mistake]
-    shown = mistakes[0].trajectory if mistakes else 0
+    mistakes = 0
     for record in records:
-        if record.trajectory == shown:
+        mistakes += record.mistake
+        if record.trajectory == 0:  # shown as an example: the trajectories with mistakes come first
             action = record.actions[record.action]
             print(f"{reflector_prompt(record.state)}{record.reflection}\n{ACTION_HEADER}{action}\n")
-    print(f"{out}: {len(records)} steps of {args.trajectories} trajectories, {len(mistakes)} of them behind a mistake")
+    print(f"{out}: {len(records)} steps of {args.trajectories} trajectories, {mistakes} of them behind a mistake")
     if failed:
         print(f"the expert failed on {failed} tasks; others were drawn instead")
 

@@ -22,6 +22,8 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import math
 import os
@@ -78,8 +80,10 @@ def encode_all(tokenizer, texts):
     if not texts:
         return []
     rows = tokenizer(list(texts), split_special_tokens=True)["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [row[:-1] if row and row[-1] == eos else row for row in rows]
+    for row in rows:
+        if row and row[-1] == tokenizer.eos_token_id:
+            row.pop()  # a prompt goes on
+    return rows
 
 
 def encode(tokenizer, text):
@@ -107,7 +111,8 @@ class Labels:
             raise UserError(f"no labels of the kind {kind!r}: letters or words")
         self.tokenizer, self.kind = tokenizer, kind
         self.end = encode(tokenizer, ACTION_HEADER)  # what every policy prompt ends with
-        self.letters, self.menus = {}, {}  # token id -> label; actions -> what was answered before
+        self.named = functools.lru_cache(100_000)(self.name)  # menus come back
+        self.letters = {}  # token id -> label, for any menu
         short = sorted(filter(str.isalpha, tokenizer.get_vocab()), key=lambda word: (len(word), word))
         for label in [*LABELS, *filter(str.isascii, short)]:  # letters, digits, then short words
             token = self.one_token(label)
@@ -123,20 +128,17 @@ class Labels:
         return token if before == self.end and token != self.tokenizer.unk_token_id else None
 
     def __call__(self, actions):
-        if actions not in self.menus:
-            if len(self.menus) > 100_000:  # bounds the memory of a long run
-                self.menus.clear()
-            self.menus[actions] = self.name(actions)
-        return self.menus[actions]
+        return self.named(actions)
 
     def name(self, actions):
         chosen = self.words(actions) if self.kind == "words" else {}  # index -> (token id, label)
-        taken = {token for token, _ in chosen.values()}
-        free = [letter for letter in self.letters.items() if letter[0] not in taken]
+        free = dict(self.letters)
+        for token, _ in chosen.values():
+            free.pop(token, None)
         if len(free) < len(actions) - len(chosen):
             raise UserError(f"{len(actions)} actions, but this tokenizer has only {len(self.letters)} one-token labels")
-        named = [chosen[i] if i in chosen else free.pop(0) for i in range(len(actions))]
-        ids, labels = zip(*named, strict=True)
+        letters = iter(free.items())  # they name what has no word, in the menu's order
+        ids, labels = zip(*(chosen[i] if i in chosen else next(letters) for i in range(len(actions))), strict=True)
         return labels, ids
 
     def words(self, actions):
@@ -407,6 +409,7 @@ class Players:
     def generate(self, prompts):
         """Greedy decoding with a KV cache until EOS, all prompts at once; a finished row leaves the batch."""
         use_adapter(self.model, "reflect")
+        # ids: first the whole prompts, then one new token a row; rows: the numbers of the prompts that still go on
         ids, mask, positions = self.left_pad(encode_all(self.tokenizer, prompts), room=self.max_reflection)
         rows, written, cache = list(range(len(prompts))), [[] for _ in prompts], None
         for _ in range(self.max_reflection):
@@ -423,7 +426,7 @@ class Players:
                 break
             for row, t in zip(rows, token.tolist(), strict=True):
                 written[row].append(t)
-            ids, positions = token[:, None], positions[:, -1:] + 1
+            ids, positions = token[:, None], positions[:, -1:] + 1  # (B, 1)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         self.counts["cuts"] += len(rows)  # those that are still going were cut off by the limit
         texts = [one_line(self.tokenizer.decode(tokens)) for tokens in written]
@@ -454,16 +457,18 @@ class Players:
 
         With `hidden` also the last hidden state there, (B, d). Equal prompts share one row of the forward pass.
         """
-        row_of = {}
+        rows, row_of, index = [], {}, []  # index: the row of each step
         for step in steps:
-            row_of.setdefault(step.prompt, (len(row_of), step.ids))
-        index, rows = [row_of[step.prompt][0] for step in steps], [ids for _, ids in row_of.values()]
+            if step.prompt not in row_of:
+                row_of[step.prompt] = len(rows)
+                rows.append(step.ids)
+            index.append(row_of[step.prompt])
         use_adapter(self.model, adapter)
         ids, mask, positions = self.left_pad(rows)
         with self.autocast():
             output = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1,
                                 output_hidden_states=hidden)
-        logits = output.logits[:, -1][index]
+        logits = output.logits[:, -1][index]  # (B, V)
         return (logits, output.hidden_states[-1][:, -1][index]) if hidden else logits
 
     def log_probs(self, logits, steps):
@@ -474,13 +479,14 @@ class Players:
         for row, step in enumerate(steps):
             ids[row, : len(step.menu)] = torch.tensor(step.menu)
             valid[row, : len(step.menu)] = True
+        # Invalid actions get no probability at all: the softmax is over the columns of this menu.
         chosen = logits.float().gather(1, ids.to(logits.device))  # (B, A)
         return chosen.masked_fill(~valid.to(logits.device), -torch.inf).log_softmax(-1)
 
     @torch.inference_mode()
     def score(self, steps, adapter="policy"):
         """Set `log_probs` of the steps, in micro-batches of about one length."""
-        ordered = sorted(steps, key=lambda step: len(step.ids))
+        ordered = sorted(steps, key=lambda step: len(step.ids))  # little padding
         for start in range(0, len(ordered), self.micro_batch):
             part = ordered[start : start + self.micro_batch]
             rows = self.log_probs(self.forward(part, adapter), part).tolist()
@@ -496,12 +502,12 @@ class Players:
         changes while playing.
         """
         keys = [(episode.state, episode.actions) for episode in episodes]
-        new = [key for key in dict.fromkeys(keys) if key not in known]
+        new = [key for key in dict.fromkeys(keys) if key not in known]  # each once, in order
         if new:
             steps = self.steps(*zip(*new, strict=True))
             self.score(steps)
             known.update(zip(new, steps, strict=True))
-        return [dataclasses.replace(known[key]) for key in keys]
+        return [dataclasses.replace(known[key]) for key in keys]  # copies: each gets its own action and reward
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -545,7 +551,7 @@ class Episode:
         if greedy:
             step.action = step.log_probs.index(max(step.log_probs))
         else:
-            weights = [math.exp(log_prob) for log_prob in step.log_probs]
+            weights = list(map(math.exp, step.log_probs))
             step.action = self.rng.choices(range(len(weights)), weights)[0]
         state, reward, terminated, truncated, info = self.env.step(step.action)
         step.reward, self.terminated, self.truncated = float(reward), bool(terminated), bool(truncated)
@@ -564,7 +570,7 @@ def play(actor, make_env, tasks, options=None, seed=0, numbers=None, greedy=Fals
     for number, task in zip(numbers or range(len(tasks)), tasks, strict=True):
         episodes.append(Episode(task, random.Random(f"{seed}/{number}")))
     waiting, playing, known = collections.deque(episodes), [], {}
-    free = [make_env() for _ in range(min(batch, len(tasks)))]
+    free = [make_env() for _ in range(min(batch, len(tasks)))]  # environments without an episode
     while waiting or playing:
         while waiting and free:
             episode = waiting.popleft()
@@ -593,6 +599,7 @@ def show(episode):
         for i, (action, log_prob) in enumerate(zip(step.actions, step.log_probs, strict=True)):
             lines.append(f"  {'>' if i == step.action else ' '} {math.exp(log_prob):6.1%}  {action}")
         lines.append(f"reward {step.reward:+.2f}\n")
+    # The environment's own verdict, never one made from the return.
     word = "success" if episode.success else "failure" if episode.terminated else "out of time"
     return "\n".join([*lines, f"{word} after {len(episode.steps)} steps, return {episode.total:+.2f}"])
 
@@ -617,7 +624,7 @@ COMMON = {
 
 def add_options(parser, *tables):
     """Add tables of options. A flag that is on by default becomes --no-NAME; a typo or a wrong value is an error."""
-    for name, (default, text, *limit) in [row for table in tables for row in table.items()]:
+    for name, (default, text, *limit) in itertools.chain(*map(dict.items, tables)):
         option, details = "--" + name.replace("_", "-"), {"default": default, "dest": name, "help": text}
         if default is True:
             option, details["action"] = "--no-" + option[2:], "store_false"
@@ -647,10 +654,10 @@ def number(kind, least):
 
 def parse_args(parser):
     """The resolved options. What is given wins over the environment's own defaults (`settings`), these over ours."""
-    parser.allow_abbrev = False
+    parser.allow_abbrev = False  # `--update 5` is a typo, not `--updates 5`
     parser.set_defaults(**envs.env_class(parser.parse_args().env).settings)
     args = parser.parse_args()
-    if args.repos:
+    if args.repos:  # absolute, so that a run finds it from another folder
         args.env_option = [*args.env_option, ("repos", os.path.abspath(args.repos))]
     if vars(args).get("no_negatives"):
         args.negatives = 0.0
@@ -804,7 +811,7 @@ class Run:
 
     def log(self, figures):
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+            file.write(json.dumps(figures) + "\n")  # one write: a kill leaves a whole line or the start of one
 
     def save(self, step, parameters, optimizer, **more):
         """A checkpoint, written beside the old one and renamed over it: a kill leaves the one or the other."""

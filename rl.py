@@ -104,20 +104,19 @@ def time_baseline(returns):
     The own return is left out of its baseline: with it the gradient would shrink by (n - 1) / n. An episode that is
     alone at a time step is compared with the others at all times.
     """
-    sums, counts = collections.Counter(), collections.Counter()
+    sums, counts = collections.Counter(), collections.Counter()  # of the returns at each time step
     for row in returns:
         for t, G in enumerate(row):
             sums[t] += G
             counts[t] += 1
     advantages = []
     for row in returns:
-        others = counts.total() - len(row)
+        others = counts.total() - len(row)  # steps of the other episodes
         elsewhere = (sums.total() - sum(row)) / others if others else 0.0
-        own = []
+        advantages.append([])
         for t, G in enumerate(row):
             baseline = (sums[t] - G) / (counts[t] - 1) if counts[t] > 1 else elsewhere
-            own.append(G - baseline)
-        advantages.append(own)
+            advantages[-1].append(G - baseline)
     return advantages
 
 
@@ -138,32 +137,37 @@ def give_advantages(episodes, args, players, critic):
 
     Returns figures to log.
     """
-    rewards, figures = [[step.reward for step in episode.steps] for episode in episodes], {}
+    rewards, figures = [], {}
+    for episode in episodes:
+        rewards.append([step.reward for step in episode.steps])
     if args.algo == "ppo":
         advantages, figures = critic_advantages(episodes, rewards, players, critic)
     elif args.algo == "reinforce":
         advantages = time_baseline([returns_to_go(row, GAMMA) for row in rewards])
     else:
-        returns = [returns_to_go(row, GAMMA)[0] for row in rewards]
-        advantages = []
+        returns, advantages = [returns_to_go(row, GAMMA)[0] for row in rewards], []
         for start in range(0, len(returns), args.group):  # the episodes of a task stand side by side
-            advantages += group_advantages(returns[start : start + args.group], args.algo)
-        advantages = [[A] * len(row) for A, row in zip(advantages, rewards, strict=True)]  # the same at every step
+            compared = group_advantages(returns[start : start + args.group], args.algo)
+            for A, row in zip(compared, rewards[start : start + args.group], strict=True):
+                advantages.append([A] * len(row))  # the same at every step
 
-    flat = torch.tensor([A for row in advantages for A in row])
+    flat = torch.tensor(sum(advantages, []))
     if args.algo == "ppo":
         flat = flat - flat.mean()
     if args.algo != "grpo":  # GRPO's are standardised already
         flat = flat / (flat.std(correction=0) + 1e-6)
-    steps = [step for episode in episodes for step in episode.steps]
-    for step, advantage in zip(steps, flat.tolist(), strict=True):
+    for step, advantage in zip(steps_of(episodes), flat.tolist(), strict=True):
         step.advantage = advantage * step.weight
     return figures
 
 
+def steps_of(episodes):
+    return [step for episode in episodes for step in episode.steps]
+
+
 def critic_advantages(episodes, rewards, players, critic):
     """GAE of each episode, a list a row; sets the critic's targets."""
-    values = iter(values_of([step for episode in episodes for step in episode.steps], players, critic))
+    values = iter(values_of(steps_of(episodes), players, critic))
     cut = [episode for episode in episodes if episode.truncated and not episode.terminated]
     # The decisions that would have come next, where only the horizon ended the episode.
     last = players.steps([episode.state for episode in cut], [episode.actions for episode in cut])
@@ -171,6 +175,7 @@ def critic_advantages(episodes, rewards, players, critic):
     advantages, flat, targets = [], [], []
     for episode, row in zip(episodes, rewards, strict=True):
         own = [next(values) for _ in row]
+        # Where the task itself ended, nothing follows: the value is 0.
         advantages.append(gae(row, own, after.get(id(episode), 0.0), GAMMA, GAE_LAMBDA))
         for step, advantage, value in zip(episode.steps, advantages[-1], own, strict=True):
             step.target = advantage + value
@@ -186,7 +191,7 @@ class Critic(nn.Module):
     def __init__(self, width, hidden=64):
         super().__init__()
         self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 1))
-        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].weight)  # at first every state is worth 0
         nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, features):  # (N, d) -> (N,); detached: the critic's loss never moves the policy
@@ -342,18 +347,17 @@ def train(args, sft_adapters):
         report(run, {"step": 0, "episodes": 0} | validate(players, make_env, args), [], bar)
     for number in range(done, args.updates):
         began, stage = time.perf_counter(), plan[number]
-        if number and stage is not plan[number - 1]:
+        if number and stage is not plan[number - 1]:  # a new stage
             buffer.clear()  # successes under other rewards and from other starts would mislead
         rng = random.Random(f"{args.seed}/tasks/{number}")
         chosen = rng.choices(stage.select(tasks), k=args.episodes // args.group)
         chosen = [task for task in chosen for _ in range(args.group)]  # each for a group of episodes
         episodes = play_together(players, make_env, chosen, stage.options, args, number)
         batch = episodes + replayed(buffer, players, args, number)
-        steps = [step for episode in batch for step in episode.steps]
         figures = {"step": number + 1, "episodes": (number + 1) * args.episodes, "stage": stage.name}
         figures |= evaluation.summary(episodes)
         figures |= give_advantages(batch, args, players, critic)
-        figures |= update(steps, players, critic, optimizer, args, number)
+        figures |= update(steps_of(batch), players, critic, optimizer, args, number)
         if args.replay:
             buffer.extend(dataclasses.asdict(episode) for episode in episodes if episode.success)
         counts = players.counts  # of reflections, those that this process needed
@@ -385,8 +389,8 @@ def make_learner(args, players, sft_adapters):
         torch.manual_seed(args.seed)
         critic = Critic(players.model.get_output_embeddings().weight.shape[1]).to(players.device)
         groups.append({"params": list(critic.parameters())})
-    optimizer = torch.optim.AdamW(groups, lr=args.rl_lr, weight_decay=0.0)
-    return critic, [parameter for group in groups for parameter in group["params"]], optimizer
+    optimizer = torch.optim.AdamW(groups, lr=args.rl_lr, weight_decay=0.0)  # `update` sets the learning rates
+    return critic, sum((group["params"] for group in groups), []), optimizer
 
 
 def play_together(players, make_env, tasks, options, args, number):
@@ -481,7 +485,7 @@ def main():
     stages = ["plain", "reflect", "policy"] if args.reflection else ["plain"]
     if os.environ.get("RANK", "0") == "0":  # under torchrun the others wait in joined_processes
         sft.run(args, stages)
-    with joined_processes(args):
+    with joined_processes(args):  # after SFT, which is the first process's work alone
         folder = train(args, sft.adapters(args))
         if rank() == 0:
             args.split = "test"

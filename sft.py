@@ -82,7 +82,8 @@ def reflect_examples(records, tokenizer):
     for prompt, whole, record in zip(alone, both, records, strict=True):
         completion = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:  # the two merged at the seam: the tokens of the reflection by itself
-            completion = tokenizer(record.reflection, add_special_tokens=False)["input_ids"]
+            texts = tokenizer([record.reflection], add_special_tokens=False, split_special_tokens=True)
+            [completion] = texts["input_ids"]
         pairs.append((prompt, [*completion, tokenizer.eos_token_id]))
     return pairs
 
@@ -254,7 +255,8 @@ def run(args, stages):
     pairs = {}
     for stage in todo:
         pairs[stage] = examples_of(data["train"], stage, players)
-        check_lengths(pairs[stage], stage, players)  # of all stages, before the first is trained
+        # Of all stages, before the first is trained; also what will be looked at later.
+        check_lengths(pairs[stage] + examples_of(sample, stage, players), stage, players)
     for stage in todo:
         torch.manual_seed(args.seed)
         add_adapter(model, stage, args.rank, args.alpha)

@@ -1,6 +1,7 @@
 """Stages and schedules, for budgets from nothing to plenty."""
 
 import pytest
+from corridor import Corridor
 
 import curriculum
 import envs
@@ -9,55 +10,54 @@ from curriculum import Stage
 TAXI = curriculum.stages_of(envs.make("taxi"))
 SHARES = {
     "taxi": TAXI,
-    "even": tuple(Stage(str(i), 0.25, {}) for i in range(4)),
-    "steep": (Stage("a", 0.001, {}), Stage("b", 0.001, {}), Stage("c", 0.998, {})),
-    "one": (Stage("all", 1.0, {}),),
-    "in percent": (Stage("a", 30, {}), Stage("b", 70, {})),
+    "even": [Stage(str(i), 0.25, {}) for i in range(4)],
+    "steep": [Stage("a", 0.001, {}), Stage("b", 0.001, {}), Stage("c", 0.998, {})],
+    "one": [Stage("all", 1.0, {})],
+    "in percent": [Stage("a", 30, {}), Stage("b", 70, {})],
 }
 
 
-@pytest.mark.parametrize("updates", [*range(13), 100, 997])
+@pytest.mark.parametrize("updates", [*range(1, 13), 100, 997, 1000])
 @pytest.mark.parametrize("name", SHARES)
 def test_schedule(name, updates):
-    """Catches triggers that all round to 0 in a tiny budget: every stage gets an update if there are enough, the last
-    one always does; stages come in order, and fill the budget."""
+    """Catches triggers that all round to 0 in a tiny budget (every stage gets an update if there are enough, the last
+    one always does), stages out of order, shares that are starts or not normalised."""
     stages = SHARES[name]
-    plan = curriculum.schedule(stages, updates)
-    assert len(plan) == updates
+    plan, total = curriculum.schedule(stages, updates), sum(stage.share for stage in stages)
     order = [stages.index(stage) for stage in plan]
-    assert order == sorted(order)
-    assert not updates or plan[-1] is stages[-1], "the task itself is never trained on"
-    if updates >= len(stages):
-        assert set(order) == set(range(len(stages))), "a stage was left out"
-    else:
-        assert len(set(order)) == updates, "as many stages as updates"
-
-
-@pytest.mark.parametrize("name", SHARES)
-def test_shares_are_kept(name):
-    """Catches shares that are starts, or not normalised: of 1000 updates each stage gets its part."""
-    stages = SHARES[name]
-    plan, total = curriculum.schedule(stages, 1000), sum(stage.share for stage in stages)
-    for stage in stages:
-        assert abs(plan.count(stage) - 1000 * stage.share / total) <= 1
+    assert len(plan) == updates and order == sorted(order)
+    assert set(order) == set(range(len(stages))[-updates:]), "as many stages as updates, the task itself among them"
+    if updates == 1000:
+        for stage in stages:
+            assert abs(plan.count(stage) - 1000 * stage.share / total) <= 1
 
 
 def test_taxi_goes_from_easy_to_full():
-    """Catches a last stage that is not the task, and a milestone that is paid where it should not be."""
-    assert [stage.options["mode"] for stage in TAXI] == ["pickup", "dropoff", "full"]
+    """Catches a last stage that is not the task, a milestone that is paid where it should not be, an ablation that
+    still has one."""
     env = envs.make("taxi")
-    for stage in TAXI:
+    for stage, mode in zip(TAXI, ("pickup", "dropoff", "full"), strict=True):
         env.reset(options={**stage.options, "task": envs.taxi_encode(0, 0, 0, 3)})
-        assert env.mode == stage.options["mode"]
+        assert env.mode == stage.options["mode"] == mode
     assert env.step(4)[1] > 0, "the full stage pays a milestone at pickup"
+    [stage] = curriculum.stages_of(env, on=False)
+    assert stage.options == env.training == {} and stage.select([1, 2]) == [1, 2]
 
 
-def test_off_is_the_default_task():
-    [stage] = curriculum.stages_of(envs.make("taxi"), on=False)
-    assert stage.options == {} and curriculum.schedule([stage], 5) == [stage] * 5
+def test_shallow_tasks_come_first():
+    """Catches a depth that is ignored, a task without depth that breaks, a stage without tasks."""
+    stages = curriculum.stages_of(envs.make("autoexplore"))
+    shallow, everything = [{"depth": 1}, {}, {"depth": 0}], [{"depth": 2}, {"depth": 3}]
+    assert stages[0].select(everything + shallow) == shallow and stages[0].select(everything) == everything
+    assert stages[1].select(everything + shallow) == everything + shallow
 
 
-def test_an_environment_brings_its_curriculum():
-    stages = curriculum.stages_of(envs.make("corridor:Corridor"))
-    assert [(s.name, s.share, s.options) for s in stages] == [("near", 0.5, {"near": True}), ("all", 0.5, {})]
-    assert len(curriculum.stages_of(object())) == 1
+def test_an_environment_brings_its_curriculum(monkeypatch):
+    """Catches a curriculum of one's own, or training options, that are ignored, or that win over a stage's options."""
+    monkeypatch.setattr(Corridor, "training", {"noise": 1, "near": False})
+    stages = curriculum.stages_of(Corridor())
+    assert [(s.name, s.share) for s in stages] == [("near", 0.5), ("all", 0.5)]
+    assert [s.options for s in stages] == [{"noise": 1, "near": True}, {"noise": 1, "near": False}]
+    assert [s.options for s in curriculum.stages_of(Corridor(), on=False)] == [{"noise": 1, "near": False}]
+    monkeypatch.setattr(Corridor, "curriculum", ())
+    assert [s.name for s in curriculum.stages_of(Corridor())] == ["all"]

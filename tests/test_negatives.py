@@ -191,7 +191,7 @@ def test_exploration_says_where_each_word_is():
         "pays is in neither.",
         "prices is in neither.",
     ]
-    assert negatives.say_way(env) == ["On the way Roasting/ has roasters."]
+    assert negatives.say_name(env, "On the way", "Roasting/") == "On the way Roasting/ has roasters."
     assert negatives.say_name(env, "The name", "prices.md") == "The name prices.md has prices."
     assert negatives.say_name(env, "The name", "x.md") == "The name x.md has no word."
 
@@ -297,7 +297,7 @@ def test_known_mistakes_are_used():
 def test_a_teacher_that_gives_no_text_is_one_line(reflection):
     """Catches a lone surrogate that only the tokenizer refuses, after the data was written."""
     env = type("Mute", (Line,), {"reflection": lambda self, mistake: reflection})
-    with pytest.raises(UserError, match="text"):
+    with pytest.raises(UserError, match="reflection must be of type str|Unicode texts"):
         negatives.make_records(env, 2, 0.0, 0)
 
 

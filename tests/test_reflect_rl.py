@@ -1,31 +1,34 @@
-"""LoRA, prompts, labels, scoring, reflections, play, checkpoints: each against an independent computation."""
+"""LoRA, prompts, labels, scores, reflections, play, options: each against an independent computation."""
 
+import copy
 import dataclasses
 import json
 import math
-import os
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Killed, make_players, randomise, subprocess_of, taxi_states
+from conftest import Killed, make_players, players_on, randomise, resolved, rows_of, scaled, taxi_states
+from corridor import Corridor
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 import envs
 import reflect_rl
+import rl
+import sft
 from envs import UserError
-from reflect_rl import Players
+from reflect_rl import Step
 
 MENU = ("move south", "move north", "move east", "move west", "pick up", "drop off")
 
 
 def logits_of(model, ids):
     with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].float()
+        return model(torch.tensor([list(ids)])).logits[0].float()
 
 
 def with_adapter(folder, r=4):
@@ -43,7 +46,7 @@ def with_adapter(folder, r=4):
 
 
 def test_lora_is_the_identity_at_first(base):
-    """Catches a B that is not 0: SFT would start from a damaged base. A random B must make a difference."""
+    """Catches a B that is not 0 (SFT would start from a damaged base), a layer left out, an adapter on the LM head."""
     model, _ = reflect_rl.load_base(base)
     before = logits_of(model, range(5, 40))
     reflect_rl.add_adapter(model, "policy", 4, 8)
@@ -53,59 +56,33 @@ def test_lora_is_the_identity_at_first(base):
     assert not torch.allclose(logits_of(model, range(5, 40)), before, atol=1e-2), "the adapter does nothing at all"
     reflect_rl.use_adapter(model, None)
     assert torch.equal(logits_of(model, range(5, 40)), before), "the bare base is not restored"
+    assert len(reflect_rl.lora_layers(model)) == 2 * (4 if "gpt2" in str(base) else 7), "two blocks' linear layers"
+    assert not any("lm_head" in path for path in reflect_rl.lora_layers(model))
+    assert all(p.requires_grad == (".lora_" in path) for path, p in model.named_parameters()), "the base must be frozen"
 
 
-def test_lora_equals_the_merged_weight(base):
-    """Catches a transposed A or B (Conv1D!) and a scale that is not alpha / r: W + (alpha / r) B A in a plain model."""
+def test_lora_equals_the_merged_weight(base, tmp_path):
+    """Catches a transposed A or B (Conv1D!) and a scale that is not alpha / r: W + (alpha / r) B A in a plain model.
+    A second adapter changes nothing of it, and it comes back from disk under any name."""
     model, _ = with_adapter(base)
+    alone = logits_of(model, range(5, 60))
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
     for path, layer in reflect_rl.lora_layers(model).items():
         change = 8 / 4 * layer.lora_B["policy"] @ layer.lora_A["policy"]  # (out, in)
         weight = plain.get_submodule(path).weight
         weight.data += change.T if "gpt2" in str(base) else change
-    torch.testing.assert_close(logits_of(model, range(5, 60)), logits_of(plain, range(5, 60)), atol=1e-3, rtol=1e-4)
-
-
-def test_play_and_update_agree_on_every_layer(base):
-    """Catches a layer that in play, where its weight is merged for many tokens, is not what the update learns from."""
-    model, _ = with_adapter(base)
-    for layer in reflect_rl.lora_layers(model).values():
-        x = torch.randn(2, 200, layer.in_features)
-        with torch.no_grad():
-            assert layer.merging_pays(x) and not layer.merging_pays(x[:, :1]) and not layer.merging_pays(x.bfloat16())
-            merged = layer(x)
-        assert not layer.merging_pays(x)
-        torch.testing.assert_close(layer(x), merged, atol=1e-4, rtol=1e-5)
-
-
-def test_lora_adapts_every_layer_but_the_head(base):
-    """Catches a layer left out: attention and MLP of each of the two blocks; and an adapter on the LM head."""
-    model, _ = with_adapter(base)
-    per_block = 4 if "gpt2" in str(base) else 7
-    assert len(reflect_rl.lora_layers(model)) == 2 * per_block
-    assert not any("lm_head" in path for path in reflect_rl.lora_layers(model))
-    assert all(p.requires_grad == (".lora_" in path) for path, p in model.named_parameters()), "the base must be frozen"
-
-
-def test_adapters_do_not_disturb_each_other(base):
-    """Catches adapters that share weights or add up: each alone gives what it gives in the company of the other."""
-    model, _ = with_adapter(base)
-    alone = logits_of(model, range(5, 30))
+    torch.testing.assert_close(alone, logits_of(plain, range(5, 60)), atol=1e-3, rtol=1e-4)
     reflect_rl.add_adapter(model, "reflect", 8, 8)
     randomise(model, "reflect")
     reflect_rl.use_adapter(model, "reflect")
-    other = logits_of(model, range(5, 30))
+    assert not torch.allclose(logits_of(model, range(5, 60)), alone, atol=1e-2)
     reflect_rl.use_adapter(model, "policy")
-    assert torch.equal(logits_of(model, range(5, 30)), alone) and not torch.allclose(other, alone, atol=1e-2)
-
-
-def test_adapter_survives_saving(base, tmp_path):
-    model, _ = with_adapter(base)
+    assert torch.equal(logits_of(model, range(5, 60)), alone), "the adapters disturb each other"
     reflect_rl.save_adapter(model, "policy", tmp_path)
     again, _ = reflect_rl.load_base(base)
-    reflect_rl.load_adapter(again, "reflect", tmp_path)  # under any name
-    reflect_rl.use_adapter(again, "reflect")
-    assert torch.equal(logits_of(again, range(5, 30)), logits_of(model, range(5, 30)))
+    reflect_rl.load_adapter(again, "other", tmp_path)
+    reflect_rl.use_adapter(again, "other")
+    assert torch.equal(logits_of(again, range(5, 60)), alone)
 
 
 @pytest.mark.extra
@@ -119,27 +96,16 @@ def test_peft_loads_our_adapter(shape, bases, tmp_path):
     torch.testing.assert_close(logits_of(theirs, range(5, 60)), logits_of(model, range(5, 60)), atol=1e-4, rtol=1e-4)
 
 
+TARGETS = [("gpt2", ["c_attn"]), ("gpt2", ["c_attn", "c_proj", "c_fc"]), ("llama", ["q_proj", "v_proj"])]
+
+
 @pytest.mark.extra
-@pytest.mark.parametrize(
-    "shape, targets",
-    [
-        ("gpt2", ["c_attn"]),
-        ("gpt2", ["c_attn", "c_proj", "c_fc"]),
-        ("llama", ["q_proj", "v_proj"]),
-        ("llama", "all-linear"),
-    ],
-)
+@pytest.mark.parametrize("shape, targets", [*TARGETS, ("llama", "all-linear")])
 def test_we_load_pefts_adapter(shape, targets, bases, tmp_path):
     """Catches an adapter read onto the wrong layers: partial targets, peft's own random B."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=16,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        init_lora_weights=False,
-        fan_in_fan_out=shape == "gpt2",
-    )
+    fields = {"r": 4, "lora_alpha": 16, "task_type": "CAUSAL_LM", "fan_in_fan_out": shape == "gpt2"}
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, **fields)
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(bases[shape]), config).eval()
     theirs.save_pretrained(tmp_path)
     model, _ = reflect_rl.load_base(bases[shape])
@@ -148,48 +114,58 @@ def test_we_load_pefts_adapter(shape, targets, bases, tmp_path):
     torch.testing.assert_close(logits_of(model, range(5, 60)), logits_of(theirs, range(5, 60)), atol=1e-4, rtol=1e-4)
 
 
-def test_adapter_of_another_base_is_refused(bases, tmp_path):
-    """Catches weights that are loaded where they do not belong, or silently not at all."""
-    model, _ = with_adapter(bases["llama"])
-    reflect_rl.save_adapter(model, "policy", tmp_path)
-    other, _ = reflect_rl.load_base(bases["gpt2"])
-    with pytest.raises(UserError):
-        reflect_rl.load_adapter(other, "policy", tmp_path)
+FIELDS = {"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head"], "rank_pattern": {"c_fc": 2}}
+FIELDS |= {"alpha_pattern": {"c_fc": 2}, "layers_to_transform": [0], "bias": "all", "peft_type": "LOHA"}
+DAMAGES = ["no config", "half a config", "no weights", "half of the weights", "NaN weights", "wrong base", *FIELDS]
 
 
-@pytest.mark.parametrize("damage", ["no config", "half a config", "no weights", "half the weights", "dora"])
-def test_damaged_adapter_is_a_user_error(damage, bases, tmp_path):
-    """Catches a traceback, or a random adapter, in place of the damaged one."""
-    model, _ = with_adapter(bases["gpt2"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_no_whole_plain_adapter_of_this_base_is_refused(damage, bases, tmp_path):
+    """Catches a traceback, a random adapter in place of a damaged one, NaN that plays, another method read as LoRA."""
+    model, _ = with_adapter(bases["llama" if damage == "wrong base" else "gpt2"])
     reflect_rl.save_adapter(model, "policy", tmp_path)
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
-    if damage.startswith("no"):
-        (config if "config" in damage else weights).unlink()
-    elif damage == "dora":
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    file, reason = config if "config" in damage else weights, "no complete adapter"
+    if damage in FIELDS:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {damage: FIELDS[damage]}))
+        reason = {"bias": "without biases", "peft_type": "not LOHA"}.get(damage, f"not {damage}")
+    elif damage == "NaN weights":
+        tensors, reason = load_file(weights), "not finite"
+        next(iter(tensors.values()))[0, 0] = math.nan
+        save_file(tensors, weights)
+    elif damage == "wrong base":
+        reason = "another base|no linear layer"
+    elif damage.startswith("no "):
+        file.unlink()
     else:
-        file = config if "config" in damage else weights
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     fresh, _ = reflect_rl.load_base(bases["gpt2"])
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=reason):
         reflect_rl.load_adapter(fresh, "policy", tmp_path)
 
 
-def test_a_killed_adapter_save_does_not_look_complete(bases, tmp_path, monkeypatch):
-    """Catches a config file that appears, empty, before it is written: `adapter_config.json` marks a stage as done."""
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_killed_save_does_not_look_complete(call, bases, tmp_path, monkeypatch):
+    """Catches a config that is there before the weights or half written (it marks a stage as done), and a save that
+    damages the file it replaces: the process dies in the middle of the first or second file."""
     model, _ = with_adapter(bases["gpt2"])
+    real, calls = Path.write_bytes, []
 
-    def killed(path, text, *rest, **more):
-        path.touch()  # what `open(path, "w")` has done before the first byte
+    def dying(path, content):
+        calls.append(path)
+        if len(calls) < call:
+            return real(path, content)
+        real(path, content[: len(content) // 2])
         raise Killed
 
-    monkeypatch.setattr(Path, "write_text", killed)
-    try:
+    monkeypatch.setattr(Path, "write_bytes", dying)
+    with pytest.raises(Killed):
         reflect_rl.save_adapter(model, "policy", tmp_path)
-    except Killed:
-        assert not (tmp_path / "adapter_config.json").exists(), (
-            "an empty adapter_config.json passes for a finished stage"
-        )
+    assert not (tmp_path / "adapter_config.json").exists()
+    (tmp_path / "text").write_text("old")
+    with pytest.raises(Killed):
+        reflect_rl.write(tmp_path / "text", "new")
+    assert (tmp_path / "text").read_text() == "old"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -199,638 +175,484 @@ def test_a_killed_adapter_save_does_not_look_complete(bases, tmp_path, monkeypat
 def test_prompts_have_the_documented_layout():
     """Catches a prompt that differs between SFT, RL and the design page: one character is another distribution."""
     assert reflect_rl.reflector_prompt("S") == "S\n# Analyze:\n"
-    assert (
-        reflect_rl.policy_prompt("S", "why", ("go", "stop"), ["A", "B", "C"])
-        == "S\n# Analyze:\nwhy\n# Actions:\nA go\nB stop\n# Action:\n"
-    )
+    prompt = reflect_rl.policy_prompt("S", " why\n\n so ", ("go", "stop"), ["A", "B"])
+    assert prompt == "S\n# Analyze:\nwhy so\n# Actions:\nA go\nB stop\n# Action:\n", "a reflection is one line"
     assert reflect_rl.policy_prompt("S", None, ("go",), ["A"]) == "S\n# Actions:\nA go\n# Action:\n"
-    assert reflect_rl.policy_prompt("S", "why", ("go",), ["A"]).startswith(reflect_rl.reflector_prompt("S") + "why")
 
 
-def test_labels_are_single_distinct_tokens_behind_any_prompt(tokenizer):
-    """Catches "10" as a label of a digit-splitting tokenizer, SentencePiece's prefix space, two labels with one token,
-    labels that depend on what stands before them."""
-    labels, ids = reflect_rl.action_labels(tokenizer)
-    assert len(labels) == len(ids) == len(set(ids)) == len(set(labels)) >= 52
-    for state in (*taxi_states(3), "", "Zürich 10 10\n"):
-        prompt = reflect_rl.policy_prompt(state, "Why? 3", MENU, labels)
-        before = reflect_rl.encode(tokenizer, prompt)
-        for label, token in zip(labels, ids, strict=True):
-            assert reflect_rl.encode(tokenizer, prompt + label) == [*before, token], f"label {label!r}"
-
-
-MENUS = (
-    ("cat espresso.md", "cat prices.csv", "cd ..", "cd prices", "id espresso.md", "id prices.csv"),
-    ("go to drawer 1", "go to drawer 2", "go to drawer 10", "look", "take mug 1 from desk 1", "examine drawer 1"),
-    ("cat Zürich.md", "cat \\udcff.bin", "cat 😀", "cat \\n", "-", "?"),
-    ("same", "same", "same"),
-    ("A", "A", "A"),
-)
-
-
-@pytest.mark.parametrize("actions", MENUS)
-def test_words_are_single_distinct_tokens_of_their_actions(actions, tokenizer):
-    """Catches a word that is two tokens behind a prompt, that two actions share, or that is another action's."""
-    words = reflect_rl.Labels(tokenizer, "words")
-    labels, ids = words(actions)
-    assert len(labels) == len(ids) == len(set(ids)) == len(set(labels)) == len(actions)
-    prompt = reflect_rl.policy_prompt("S", "Why? 3", actions, labels)
-    before, own = reflect_rl.encode(tokenizer, prompt), 0
-    for label, token, action in zip(labels, ids, actions, strict=True):
-        assert reflect_rl.encode(tokenizer, prompt + label) == [*before, token], f"label {label!r}"
-        assert label.strip() in action or label in words.letters
-        own += label.strip() in action
-    assert own >= len(set(actions)) - 1, labels
-
-
-def test_words_tell_the_actions_apart(tokenizers):
-    """Catches a word that many actions share where one has a better, and words that change with the menu's order."""
-    words = reflect_rl.Labels(tokenizers["GPT-2-like"], "words")
-    menu = ("x a b", "x a c", "x a d", "y", "z a b")
-    named = dict(zip(menu, words(menu)[0], strict=True))
-    assert [label.strip() for label in named.values()] == ["b", "c", "d", "y", "z"]
-    menu = ("a b", "a", "b")
-    named = dict(zip(menu, words(menu)[0], strict=True))
-    assert dict(zip(menu[::-1], words(menu[::-1])[0], strict=True)) == named
-    assert words(("x", "x"))[0][1] in words.letters
-
-
-def test_other_labels_are_refused(tokenizers):
-    """Catches a misspelt kind (an environment's `settings` are not checked by argparse) that quietly means letters."""
-    with pytest.raises(UserError, match="wrds"):
-        reflect_rl.Labels(tokenizers["GPT-2-like"], "wrds")
-
-
-def test_letters_follow_the_menu(tokenizer):
-    """Catches letters that depend on what the actions say, and words where letters were asked for."""
-    letters = reflect_rl.Labels(tokenizer)
-    assert list(letters(("b", "a", "A B"))[0]) == letters.letters[:3] and letters(("x",))[1] == tuple(letters.ids[:1])
-
-
-def test_tokenizers_are_the_kinds_they_claim(tokenizers):
+def test_tokenizers_are_the_kinds_they_claim(tokenizers, bases):
     """The fixtures themselves: without these properties the label test would catch nothing."""
     length = {name: len(t("10", add_special_tokens=False)["input_ids"]) for name, t in tokenizers.items()}
     assert length == {"digit-splitting": 2, "GPT-2-like": 1, "SentencePiece-like": 1}
     llama = tokenizers["SentencePiece-like"]
     assert llama("x")["input_ids"][0] == llama.bos_token_id and llama.tokenize("A")[0].startswith("▁")
     assert "<0x0A>" in llama.tokenize("a\nb")
-    assert all(
-        t.decode(t("to row 10.\nA", add_special_tokens=False)["input_ids"]).strip() == "to row 10.\nA"
-        for t in tokenizers.values()
-    )
-
-
-def test_saved_tokenizers_load_unchanged(bases, tokenizers):
-    """The fixtures again: `AutoTokenizer` must give back what was saved, BOS habit and all."""
     for shape, kind in (("gpt2", "digit-splitting"), ("llama", "SentencePiece-like"), ("mistral", "GPT-2-like")):
         _, loaded = reflect_rl.load_base(bases[shape])
         assert loaded("# Analyze:\nat 10")["input_ids"] == tokenizers[kind]("# Analyze:\nat 10")["input_ids"], shape
+        assert loaded.decode(loaded("row 10.\nA", add_special_tokens=False)["input_ids"]).strip() == "row 10.\nA"
 
 
-def test_encode_drops_a_closing_eos_only(tokenizers):
-    """Catches prompts that end with the tokenizer's EOS (then the reflector would be asked to go on behind its end)."""
-    tokenizer = tokenizers["GPT-2-like"]
+def test_text_stays_text(tokenizer):
+    """Catches a repository's file whose text ends the prompt by a special token, a batch that is tokenized otherwise
+    than its texts, and prompts that end with the tokenizer's own EOS."""
+    special, texts = set(tokenizer.all_special_ids), []
+    for token in tokenizer.all_special_tokens:
+        texts += [f"cat {token} shows{token}", token, f"{token}{token}x"]
+    rows = reflect_rl.encode_all(tokenizer, [*texts, "", "plain text"])
+    for text, ids in zip(texts, rows, strict=False):
+        body = ids[1:] if tokenizer.bos_token else ids
+        assert not special.intersection(body) and tokenizer.decode(body).strip() == text
+        assert ids == reflect_rl.encode(tokenizer, text)
+    assert rows[-1] == tokenizer("plain text")["input_ids"] and reflect_rl.encode_all(tokenizer, []) == []
+    eager, eos = copy.deepcopy(tokenizer), tokenizer.eos_token
+    closing = TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)])
+    eager.backend_tokenizer.post_processor = closing
+    assert eager("a b")["input_ids"][-1] == tokenizer.eos_token_id
+    plain = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    assert reflect_rl.encode(eager, "a b") == plain and not reflect_rl.encode(eager, "")
 
-    def eager(text):
-        return {"input_ids": [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]}
 
-    eager.eos_token_id = tokenizer.eos_token_id
-    assert reflect_rl.encode(eager, "a b") == reflect_rl.encode(tokenizer, "a b") == tokenizer("a b")["input_ids"]
+MENUS = (
+    MENU,
+    ("cat espresso.md", "cat prices.csv", "cd ..", "cd prices", "id espresso.md", "id prices.csv"),
+    ("go to drawer 1", "go to drawer 2", "go to drawer 10", "look", "take mug 1 from desk 1", "examine drawer 1"),
+    ("cat Zürich.md", "cat \\udcff.bin", "cat 😀", "cat \\n", "-", "?"),
+    ("same", "same", "same"),
+    ("A", "A", "A"),
+    tuple(f"go to {i}" for i in range(52)),
+)
+
+
+@pytest.mark.parametrize("kind", ["letters", "words"])
+def test_labels_are_single_distinct_tokens_behind_any_prompt(kind, tokenizer):
+    """Catches "10" as a label of a digit-splitting tokenizer, SentencePiece's prefix space, two labels with one token,
+    labels that depend on what stands before them, a word of another action."""
+    labels_of = reflect_rl.Labels(tokenizer, kind)
+    letters = list(labels_of.letters.values())
+    assert letters[:4] == ["A", "B", "C", "D"]
+    for actions in MENUS:
+        labels, ids = labels_of(actions)
+        assert len(labels) == len(ids) == len(set(ids)) == len(set(labels)) == len(actions)
+        for state in (taxi_states(3)[-1], "", "Zürich 10 10\n"):
+            prompt = reflect_rl.policy_prompt(state, "Why? 3", actions, labels)
+            before = reflect_rl.encode(tokenizer, prompt)
+            for label, token in zip(labels, ids, strict=True):
+                assert reflect_rl.encode(tokenizer, prompt + label) == [*before, token], f"label {label!r}"
+        if kind == "letters":
+            assert list(labels) == letters[: len(actions)], "in the menu's order, whatever the actions say"
+        own = [label.strip() in action for label, action in zip(labels, actions, strict=True)]
+        for label, is_own in zip(labels, own, strict=True):
+            assert is_own or label in letters
+        assert kind == "letters" or len(actions) > 6 or sum(own) >= len(set(actions)) - 1, labels
+
+
+def test_words_tell_the_actions_apart(tokenizers):
+    """Catches a word that many actions share where one has a better, and words that change with the menu's order."""
+    words = reflect_rl.Labels(tokenizers["GPT-2-like"], "words")
+    labels, _ = words(("x a b", "x a c", "x a d", "y", "z a b"))
+    assert [label.strip() for label in labels] == ["b", "c", "d", "y", "z"]
+    menu = ("a b", "a", "b")
+    named = dict(zip(menu, words(menu)[0], strict=True))
+    assert dict(zip(menu[::-1], words(menu[::-1])[0], strict=True)) == named
+    assert words(("x", "x"))[0][1] in words.letters.values()
 
 
 def test_too_few_labels_names_both_counts(bases):
-    """Catches actions that silently have no label: `zip` would just drop them."""
+    """Catches actions that silently have no label, and a misspelt kind of labels that quietly means letters."""
     players = make_players(bases["gpt2"])
-    have = len(players.labels.ids)
+    have = len(players.labels.letters)
+    players.steps(["S"], [("go",) * have], [None])
     with pytest.raises(UserError, match=rf"{have + 1}\D+{have}\D"):
-        players.prompt("S", None, ["go"] * (have + 1))
-    players.prompt("S", None, ["go"] * have)
+        players.steps(["S"], [("go",) * (have + 1)], [None])
+    with pytest.raises(UserError, match="wrds"):
+        reflect_rl.Labels(players.tokenizer, "wrds")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Scoring
+# Scores
 
 
-def full_model_log_probs(players, prompt, menu, adapter="policy"):
-    """The slow way: one prompt, no padding, all logits of the whole model, restricted to the labels, in fp64."""
+def alone(players, step, adapter="policy"):
+    """The slow way: one prompt, no padding, all logits of the whole model, restricted to the menu, in fp64."""
     reflect_rl.use_adapter(players.model, adapter)
-    logits = logits_of(players.model, reflect_rl.encode(players.tokenizer, prompt))[-1].double()
-    return logits[list(menu)].log_softmax(-1)
+    ids = reflect_rl.encode(players.tokenizer, step.prompt)
+    return logits_of(players.model, ids)[-1].double()[list(step.menu)].log_softmax(-1).tolist()
 
 
-def some_prompts(players):
-    """Prompts of different lengths and with different numbers of actions, and their label ids."""
+def some_steps(players):
+    """Steps with prompts of different lengths and with different numbers of actions."""
     menus = [MENU[:n] for n in (6, 2, 1, 5, 6, 3)]
     reflections = ["short.", None, "The taxi is at row 10 column 10. " * 3, "", "x" * 40, None]
-    prompts = [players.prompt(*row) for row in zip(taxi_states(6), reflections, menus, strict=True)]
-    return prompts, [players.label_ids(menu) for menu in menus]
+    return players.steps(taxi_states(6), menus, reflections)
+
+
+def assert_right(steps, players, adapter="policy"):
+    for step in steps:
+        assert len(step.log_probs) == len(step.menu) == len(step.actions) and min(step.log_probs) > -math.inf
+        assert step.log_probs == pytest.approx(alone(players, step, adapter), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["letters", "words"])
 def test_scores_equal_the_full_models(kind, players):
-    """Catches left padding without positions or mask, a wrong last position, wrong rows of the head, invalid actions
-    left in the softmax: a padded batch against the whole model on each prompt alone."""
+    """Catches left padding without positions or mask, a wrong last position, a leak between rows, invalid actions in
+    the softmax, dropout: every step against the whole model on its prompt alone, in any company and micro-batch."""
     players.labels = reflect_rl.Labels(players.tokenizer, kind)
-    prompts, menus = some_prompts(players)
-    lengths = {len(reflect_rl.encode(players.tokenizer, prompt)) for prompt in prompts}
-    assert len(lengths) > 3, "the batch needs padding for this test to mean anything"
+    steps, rows = some_steps(players), rows_of(players.model)
+    assert len({len(step.ids) for step in steps}) > 3, "the batch needs padding for this test to mean anything"
+    for micro_batch, order in ((32, steps), (2, steps[::-1]), (1, steps), (5, steps[2:] + steps * 2)):
+        players.micro_batch = micro_batch
+        copies = [dataclasses.replace(step) for step in order]
+        rows.clear()
+        players.score(copies)
+        assert max(rows) <= micro_batch
+        assert_right(copies, players)
+    players.score(steps, adapter="reflect")
+    assert_right(steps, players, "reflect")
     with torch.no_grad():
-        got = players.log_probs(prompts, menus)
-    assert got.dtype == torch.float32 and got.shape == (6, 6)
-    for row, prompt, menu in zip(got.double(), prompts, menus, strict=True):
-        expected = full_model_log_probs(players, prompt, menu)
-        torch.testing.assert_close(row[: len(menu)], expected, atol=1e-5, rtol=0)
-        assert torch.all(row[len(menu) :] == -torch.inf) and row.exp().sum().item() == pytest.approx(1, abs=1e-5)
+        table = players.log_probs(players.forward(steps), steps)
+    assert table.dtype == torch.float32 and table.shape == (6, 6)
+    for row, step in zip(table, steps, strict=True):
+        assert row[: len(step.menu)].tolist() == pytest.approx(alone(players, step), abs=1e-5)
+        assert torch.all(row[len(step.menu) :] == -torch.inf) and row.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_scores_do_not_depend_on_batch_mates(players):
-    """Catches any leak between rows: alone, reversed, and each prompt twice."""
-    prompts, menus = some_prompts(players)
-    with torch.no_grad():
-        together = players.log_probs(prompts, menus)
-        reversed_ = players.log_probs(prompts[::-1], menus[::-1]).flip(0)
-        twice = players.log_probs(prompts * 2, menus * 2)
-        alone = [players.log_probs([p], [menu])[0] for p, menu in zip(prompts, menus, strict=True)]
-    torch.testing.assert_close(reversed_, together, atol=1e-5, rtol=0)
-    torch.testing.assert_close(twice[:6], together, atol=1e-5, rtol=0)
-    torch.testing.assert_close(twice[6:], together, atol=1e-5, rtol=0)
-    for row, single in zip(together, alone, strict=True):
-        torch.testing.assert_close(row[: len(single)], single, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere"])
+def test_scores_go_through_the_models_own_forward(kind, tokenizers):
+    """Catches features times the head in place of the logits: these models cap or scale theirs."""
+    players = players_on(scaled(kind, len(tokenizers["digit-splitting"])), tokenizers["digit-splitting"])
+    steps = some_steps(players)
+    players.score(steps)
+    assert_right(steps, players)
 
 
-def test_equal_prompts_share_a_row_but_not_a_count(bases):
-    """Catches a shared forward pass that also shares the number of valid actions."""
+def test_equal_prompts_share_a_row_but_not_a_menu(bases):
+    """Catches a shared forward pass that also shares the valid actions, and equal prompts computed twice."""
     players = make_players(bases["llama"])
-    prompt, ids = players.prompt("S", None, MENU), players.label_ids(MENU)
-    with torch.no_grad():
-        rows = players.log_probs([prompt, prompt], [ids, ids[:3]])
-    torch.testing.assert_close(rows[1, :3].double(), full_model_log_probs(players, prompt, ids[:3]), atol=1e-5, rtol=0)
-    assert torch.all(rows[1, 3:] == -torch.inf)
+    [step] = players.steps(["S"], [MENU], [None])
+    steps, rows = [step, dataclasses.replace(step, menu=step.menu[:3], actions=MENU[:3])], rows_of(players.model)
+    players.score(steps)
+    assert rows == [1]
+    assert_right(steps, players)
 
 
 def test_padding_is_told_by_length_not_by_id(bases):
-    """Catches a mask built from ids: here the pad id is EOS, and the text itself begins with EOS."""
+    """Catches a mask built from ids: here the pad id is EOS, and a row begins with it."""
     players = make_players(bases["gpt2"])
-    eos = players.tokenizer.eos_token
-    prompts = [f"{eos}{eos}a", "a much longer text than the other one"]
-    _, mask, positions = players.left_pad(prompts)
-    lengths = [len(reflect_rl.encode(players.tokenizer, p)) for p in prompts]
-    assert mask.sum(1).tolist() == lengths
-    assert [row[-n:].tolist() for row, n in zip(positions, lengths, strict=True)] == [list(range(n)) for n in lengths]
+    rows = [[0, 0, 7], [5, 6, 7, 8, 9, 0, 11]]
+    ids, mask, positions = players.left_pad(rows)
+    assert ids.tolist() == [[0] * 6 + [7], rows[1]] and mask.tolist() == [[0] * 4 + [1] * 3, [1] * 7]
+    assert positions[0, 4:].tolist() == [0, 1, 2] and positions[1].tolist() == list(range(7))
+    steps = players.steps(["a", "b"], [MENU, MENU], [None, None])
+    for step, row in zip(steps, rows, strict=True):
+        step.ids = row
     with torch.no_grad():
-        menu = players.label_ids(MENU[:4])
-        got = players.log_probs(prompts, [menu, menu])
-    torch.testing.assert_close(got[0].double(), full_model_log_probs(players, prompts[0], menu), atol=1e-5, rtol=0)
-
-
-def test_scores_are_remembered_until_the_policy_changes(bases, tmp_path):
-    """Catches a rollout that plays an old policy: one optimizer step, a loaded adapter, and all is scored anew."""
-    players = make_players(bases["gpt2"])
-    prompts, menus = some_prompts(players)
-    weights = reflect_rl.adapter_parameters(players.model, "policy")
-    optimizer, passes = torch.optim.AdamW(weights, lr=0.1), []
-    players.features, real = lambda *args: passes.append(len(args[0])) or real(*args), players.features
-
-    def assert_right(rows):
-        with torch.no_grad():
-            expected = players.log_probs(prompts, menus)
-        for row, exact, menu in zip(rows, expected, menus, strict=True):
-            assert row == pytest.approx(exact[: len(menu)].tolist(), abs=1e-5)
-        passes.pop()
-        return rows
-
-    before = assert_right(players.scores(prompts, menus))
-    assert players.scores(prompts * 2, menus * 2) == before * 2 and passes == [len(set(prompts))]
-    for weight in weights:
-        weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    assert assert_right(players.scores(prompts, menus)) != before
-    reflect_rl.save_adapter(players.model, "policy", tmp_path)
-    for scale in (1.0, 2.0):  # other weights of the same history: only the parameters themselves are new
-        tensors = {key: scale * t for key, t in load_file(tmp_path / "adapter_model.safetensors").items()}
-        save_file(tensors, tmp_path / "adapter_model.safetensors")
-        reflect_rl.load_adapter(players.model, "policy", tmp_path)
-        assert_right(players.scores(prompts, menus))
-
-
-def test_dropout_is_off(bases):
-    """Catches `model.train()` anywhere: the GPT-2 fixture has dropout 0.3, and rollouts must be repeatable."""
-    players = make_players(bases["gpt2"])
-    prompts, menus = some_prompts(players)
-    first = players.log_probs(prompts, menus)
-    assert torch.equal(first, players.log_probs(prompts, menus))
+        logits = players.forward(steps)
+    for found, row in zip(logits, rows, strict=True):
+        torch.testing.assert_close(found, logits_of(players.model, row)[-1], atol=1e-4, rtol=0)
 
 
 def test_rollout_and_update_agree(base):
-    """Catches a rollout that scores otherwise than the update: the log-probs stored in play against each step alone."""
-    players = make_players(base)
-    tasks = envs.make("taxi").tasks("train")[:12]
-    episodes = reflect_rl.play(players, lambda: envs.make("taxi"), tasks, batch=5)
-    steps = [step for episode in episodes for step in episode.steps]
-    assert len({step.reflection for step in steps}) > 1
-    for step in steps:
-        expected = full_model_log_probs(
-            players, players.prompt(step.state, step.reflection, step.actions), players.label_ids(step.actions)
-        )
-        assert step.log_prob == pytest.approx(expected[step.action].item(), abs=1e-5)
-    with torch.no_grad():
-        prompts = [players.prompt(s.state, s.reflection, s.actions) for s in steps]
-        again = players.log_probs(prompts, [players.label_ids(s.actions) for s in steps])
-    for row, step in zip(again, steps, strict=True):
-        assert row[step.action].item() == pytest.approx(step.log_prob, abs=1e-5)
+    """Catches a rollout that scores otherwise than the update, and weights of an earlier call of `play`."""
+    players, make_env = make_players(base), lambda: envs.make("taxi")
+    tasks, episodes = make_env().tasks("train")[:12], []
+    for scale in (1.0, 1.5):
+        for weight in reflect_rl.adapter_parameters(players.model, "policy"):
+            weight.data *= scale
+        episodes = reflect_rl.play(players, make_env, tasks, batch=5)
+        steps = [step for episode in episodes for step in episode.steps]
+        assert len({step.reflection for step in steps}) > 1
+        table = players.log_probs(players.forward(steps), steps)  # as the update does it
+        assert table.requires_grad
+        for row, step in zip(table.tolist(), steps, strict=True):
+            assert row[step.action] == pytest.approx(step.log_prob, abs=1e-5)
+        assert_right(steps[::5], players)
+
+
+def test_a_state_that_comes_back_is_decided_as_before(bases):
+    """Catches equal states of a turn or of later turns that are computed again, and steps that share their action."""
+    players, rows, known = make_players(bases["gpt2"], reflection=False), None, {}
+    episodes = [reflect_rl.Episode(0, None) for _ in range(3)]
+    for episode, state in zip(episodes, "aba", strict=True):
+        episode.state, episode.actions = state, MENU
+    rows = rows_of(players.model)
+    first = players(episodes, known)
+    again = players(episodes[::-1], known)
+    assert rows == [2] and [step.state for step in again] == ["a", "b", "a"]
+    assert len(set(map(id, first + again))) == 6 and again[0].log_probs == first[0].log_probs
 
 
 def test_long_prompt_is_an_error_not_a_cut(bases):
-    """Catches left truncation, which cuts the question off."""
+    """Catches left truncation, which cuts the question off, and a reflection that has no room."""
     players = make_players(bases["llama"])
-    with pytest.raises(UserError, match="512"):
-        players.log_probs([players.prompt("word " * 600, None, MENU)], [players.label_ids(MENU)])
-    with pytest.raises(UserError, match="512"):
-        players.reflect(["word " * 600])
+    steps = players.steps(["word " * 600], [MENU], [None])
+    for refused in (lambda: players.score(steps), lambda: players.reflect(["word " * 600])):
+        with pytest.raises(UserError, match="context of 512"):
+            refused()
+    length = len(reflect_rl.encode(players.tokenizer, reflect_rl.reflector_prompt("S")))
+    make_players(bases["llama"], max_reflection=512 - length).reflect(["S"])
+    with pytest.raises(UserError, match=f"{length} tokens, and {513 - length} to write"):
+        make_players(bases["llama"], max_reflection=513 - length).reflect(["S"])
 
 
 def test_gradient_reaches_the_policy_only(players):
     """Catches a reflector or base that learns with the policy."""
-    for parameter in players.model.parameters():
-        parameter.requires_grad_(True)  # even so: the reflector is not active when the policy is scored
-    prompts, menus = some_prompts(players)
-    players.log_probs(prompts, menus)[:, 0].sum().backward()
-    for layer in reflect_rl.lora_layers(players.model).values():
-        assert layer.lora_A["reflect"].grad is None and layer.lora_B["reflect"].grad is None
-    assert any(p.grad.abs().sum() > 0 for p in reflect_rl.adapter_parameters(players.model, "policy"))
+    steps = some_steps(players)
+    players.log_probs(players.forward(steps), steps)[:, 0].sum().backward()
+    for path, parameter in players.model.named_parameters():
+        is_policy = ".lora_" in path and path.endswith("policy")
+        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == is_policy, path
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Reflections
 
 
-def hf_greedy(players, prompt, limit):
+def hf_greedy(players, state, limit=12):
     """What Hugging Face's own `generate` writes behind one prompt: the new ids up to EOS, and whether it was cut."""
     reflect_rl.use_adapter(players.model, "reflect")
-    ids = reflect_rl.encode(players.tokenizer, prompt)
+    ids = torch.tensor([reflect_rl.encode(players.tokenizer, reflect_rl.reflector_prompt(state))])
     eos = players.tokenizer.eos_token_id
-    out = players.model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        do_sample=False,
-        max_new_tokens=limit,
-        eos_token_id=eos,
-        pad_token_id=eos,
-    )[0, len(ids) :].tolist()
+    options = {"do_sample": False, "max_new_tokens": limit, "eos_token_id": eos, "pad_token_id": eos}
+    out = players.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
     return (out[: out.index(eos)], False) if eos in out else (out, True)
 
 
-def choose_eos(players, prompts):
-    """Make a token EOS that the random model writes early for some prompts only, so that rows stop at different
-    times."""
-    reflect_rl.use_adapter(players.model, "reflect")
-    written = [hf_greedy(players, prompt, 12)[0] for prompt in prompts]
+def choose_eos(players, states):
+    """Make a token EOS that the random model writes early for some states only: rows stop at different times."""
+    written = [hf_greedy(players, state)[0] for state in states]
     for token in sorted({t for tokens in written for t in tokens[1:]}):
-        stops = sum(token in tokens for tokens in written)
-        if 0 < stops < len(written):
+        if 0 < sum(token in tokens for tokens in written) < len(written):
             players.tokenizer.eos_token = players.tokenizer.convert_ids_to_tokens(token)
             return
-    raise AssertionError("no token tells the prompts apart: the fixture is of no use")
+    raise AssertionError("no token tells the states apart: the fixture is of no use")
 
 
-def test_generate_equals_hugging_face(players, monkeypatch):
+def test_reflections_equal_hugging_faces(players):
     """Catches wrong positions or a wrong cache behind left padding, rows mixed up when one leaves the batch, EOS not
-    honoured, padding decoded into the text: a ragged batch against `model.generate` on each prompt alone."""
-    monkeypatch.setattr(Players, "close", staticmethod(lambda text, cut: (text, cut)))
-    prompts = [reflect_rl.reflector_prompt(state) for state in taxi_states(8)]
-    choose_eos(players, prompts)
-    expected = [hf_greedy(players, prompt, 12) for prompt in prompts]
-    assert {cut for _, cut in expected} == {True, False}, "some rows must stop and some be cut"
-    got = players.generate(prompts)
-    assert got == [(players.tokenizer.decode(ids), cut) for ids, cut in expected]
-    assert players.counts["cuts"] == sum(cut for _, cut in expected), "cut reflections must be counted"
-
-
-def test_reflections_do_not_depend_on_batch_mates(players):
-    """Catches padding that leaks into a reflection: then the policy's prompt would change with the batch."""
+    honoured, padding in the text, a batch mate that matters: ragged batches against `generate` on each state alone."""
     states = taxi_states(8)
-    together = players.reflect(states)
-    players.clear_memo()
-    assert [players.reflect([state])[0] for state in states] == together
+    choose_eos(players, states)
+    expected, cuts = [], 0
+    for state in states:
+        ids, cut = hf_greedy(players, state)
+        text, cuts = " ".join(players.tokenizer.decode(ids).split()), cuts + cut
+        expected.append(text[: text.rfind(".") + 1] if cut and "." in text else text)
+    assert 0 < cuts < 8 and len(set(expected)) > 3, "some rows must stop and some be cut"
+    rows = rows_of(players.model)
+    for micro_batch in (32, 3, 1):
+        players.micro_batch = micro_batch
+        players.reflections.clear()
+        players.counts.clear()
+        rows.clear()
+        assert players.reflect(states) == expected and max(rows) == min(micro_batch, 8)
+        assert dict(players.counts) == {"misses": 8, "hits": 0, "cuts": cuts}
 
 
-@pytest.mark.parametrize(
-    "text, cut, closed",
-    [
-        ("Two words.", False, "Two words."),
-        (" One\nline \n only. ", False, "One line only."),
-        ("Whole. Hal", True, "Whole."),
-        ("One. Two. Thr", True, "One. Two."),
-        ("no full stop", True, "no full stop"),
-        ("", True, ""),
-    ],
-)
-def test_cut_reflection_is_closed(text, cut, closed):
-    """Catches half a sentence in the prompt: SFT never showed the policy one (it shifted the layout and cost all
-    pickups)."""
-    assert Players.close(text, cut) == closed
+CLOSED = [("Two words.", False, "Two words."), (" One\nline \n only ", False, "One line only"), ("", True, "")]
+CLOSED += [("Whole. Hal", True, "Whole."), ("One. Two. Thr", True, "One. Two."), ("no stop", True, "no stop")]
 
 
-def count_forwards(model):
-    passes = []
-    model.register_forward_pre_hook(lambda module, args: passes.append(1))
-    return passes
+@pytest.mark.parametrize("text, cut, closed", CLOSED)
+def test_cut_reflection_ends_with_a_whole_sentence(text, cut, closed, bases, monkeypatch):
+    """Catches half a sentence in the prompt, of which SFT never showed the policy one."""
+    players = make_players(bases["gpt2"], max_reflection=3)
+    if not cut:
+        third = hf_greedy(players, "S")[0][2]
+        players.tokenizer.eos_token = players.tokenizer.convert_ids_to_tokens(third)
+    monkeypatch.setattr(type(players.tokenizer), "decode", lambda self, ids: text)
+    assert players.reflect(["S"]) == [closed] and players.counts["cuts"] == cut
 
 
-def test_greedy_reflections_are_memoised(bases):
-    """Catches a cache that is not used, and equal states of a batch that are each decoded."""
-    players = make_players(bases["gpt2"])
-    passes = count_forwards(players.model)
-    a, b = taxi_states(2)
+def test_reflections_are_remembered(bases):
+    """Catches a memo that is not used, equal states of a batch that are each decoded, memory that grows with every new
+    state, an answer lost because it was evicted at once."""
+    players, free = make_players(bases["gpt2"]), make_players(bases["gpt2"])
+    a, b, *rest = taxi_states(6)
+    rows = rows_of(players.model)
     first = players.reflect([a, b, a])
-    assert passes and first[0] == first[2] and players.counts["misses"] == 2 and players.counts["hits"] == 1
-    passes.clear()
-    assert players.reflect([b, a]) == [first[1], first[0]]
-    assert not passes, "a known reflection was decoded again"
-    players.clear_memo()
-    assert players.reflect([a]) == first[:1] and passes
-
-
-def test_sampled_reflections_are_not_memoised(bases):
-    """Catches a cache that turns sampling into a constant."""
-    players = make_players(bases["gpt2"], reflect_temperature=1.0)
-    passes = count_forwards(players.model)
-    state = taxi_states(1)
-    written = {players.reflect(state)[0] for _ in range(4)}
-    assert not players.memo and len(passes) >= 4
-    assert len(written) > 1, "four samples of 12 nearly uniform tokens were all equal"
-
-
-def test_memo_is_bounded(bases):
-    """Catches memory that grows with every new state, and an answer lost because it was evicted at once."""
-    players, free = make_players(bases["gpt2"], memo_size=3), make_players(bases["gpt2"])
-    states = taxi_states(6)
-    assert players.reflect(states) == free.reflect(states)
-    assert list(players.memo) == states[-3:]
-    assert players.reflect(states[::-1]) == free.reflect(states[::-1]) and len(players.memo) == 3
-
-
-@pytest.mark.parametrize("temperature, share", [(1.0, 0.75), (0.5, 0.9), (2.0, math.sqrt(3) / (1 + math.sqrt(3)))])
-def test_sampling_follows_the_temperature(temperature, share, bases):
-    """Catches a temperature that multiplies, or is ignored: logits 0 and ln 3."""
-    players = make_players(bases["gpt2"], reflect_temperature=temperature)
-    n = 4000
-    ones = players.pick(torch.tensor([0.0, math.log(3)]).repeat(n, 1)).sum().item() / n
-    assert abs(ones - share) < 5 * math.sqrt(share * (1 - share) / n), (
-        "five standard errors off: one in two million by chance"
-    )
-
-
-def test_greedy_pick_is_the_argmax(bases):
-    players = make_players(bases["gpt2"])
-    assert players.pick(torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])).tolist() == [1, 0]
+    assert rows[0] == 2 and first[0] == first[2] and dict(players.counts) == {"misses": 2, "hits": 1, "cuts": 2}
+    rows.clear()
+    assert players.reflect([b, a]) == [first[1], first[0]] and not rows and players.counts["hits"] == 3
+    players.memo_size = 3
+    assert players.reflect([*rest, b, a]) == free.reflect([*rest, b, a])
+    assert list(players.reflections) == rest[-3:]
+    assert players.reflect([a, b]) == free.reflect([a, b]) and list(players.reflections) == [rest[-1], a, b]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Play
 
 
-class Countdown:
-    """Task n lasts n steps; rewards show the env's own seed; ends alternate between success, failure, truncation."""
+class Countdown(envs.Env):
+    """Task n lasts n steps; rewards show the env's own seed; ends alternate between success, failure, truncation.
+
+    It returns one dict with one list, and changes them at each step; numbers and flags are numpy's.
+    """
+
+    made, seen = 0, []
+
+    def __init__(self):
+        Countdown.made += 1
+        self.shared = {"actions": []}
 
     def reset(self, *, seed=None, options=None):
+        Countdown.seen.append(options)
         self.n, self.rng = options["task"], random.Random(seed)
         self.left = self.n
-        return f"{self.left} of {self.n}", {"actions": ("a", "b"), "success": False}
+        return self.render(False)
+
+    def render(self, success):
+        self.shared["actions"][:] = [f"a{self.left}", f"b{self.left}"]
+        self.shared["success"] = np.bool_(success)
+        return f"{self.left} of {self.n}", self.shared
 
     def step(self, action):
         self.left -= 1
         over, kind = self.left == 0, self.n % 3
-        return (
-            f"{self.left} of {self.n}",
-            self.rng.random(),
-            over and kind != 2,
-            over and kind == 2,
-            {"actions": ("a", "b"), "success": over and kind == 0},
-        )
+        state, info = self.render(over and kind == 0)
+        return state, np.float32(self.rng.random()), np.bool_(over and kind != 2), np.bool_(over and kind == 2), info
 
 
-def coin(states, actions, envs):
-    return [f"on {state}" for state in states], [[math.log(0.3), math.log(0.7)] for _ in states]
+def coin(episodes, known, weights=(0.3, 0.7)):
+    steps = []
+    for episode in episodes:
+        log_probs = [math.log(weight) if weight else -math.inf for weight in weights]
+        steps.append(Step(episode.state, episode.actions, f"on {episode.state}", log_probs=log_probs))
+    return steps
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_play_does_not_depend_on_the_batch(batch):
-    """Catches an RNG shared between episodes, and results in order of completion: lengths differ, tasks repeat."""
-    tasks = [5, 1, 3, 3, 8, 2, 1, 7, 4, 6]
-    episodes = reflect_rl.play(coin, Countdown, tasks, seed=3, batch=batch)
-    assert [e.task for e in episodes] == tasks and [len(e.steps) for e in episodes] == tasks
-    assert episodes == [reflect_rl.play(coin, Countdown, [t], seed=3, numbers=[i])[0] for i, t in enumerate(tasks)]
-    assert episodes[2] != episodes[3], "two episodes of one task must differ"
+    """Catches an RNG shared between episodes, results in order of completion, options that do not arrive, a batch that
+    runs dry while tasks wait, an environment for every task."""
+    tasks, widths, options = [5, 1, 3, 3, 8, 2, 1, 7, 4, 6], [], {"easy": True}
+    Countdown.made, Countdown.seen = 0, []
 
+    def watched(episodes, known):
+        widths.append(len(episodes))
+        return coin(episodes, known)
 
-def test_numbers_of_numpy_become_plain():
-    """Catches an environment whose rewards and flags neither JSON nor a checkpoint can take."""
-
-    class Numpy(Countdown):
-        def step(self, action):
-            state, reward, terminated, truncated, info = super().step(action)
-            return state, np.float32(reward), np.bool_(terminated), np.bool_(truncated), info
-
-    steps = [step for episode in reflect_rl.play(coin, Numpy, [2, 3]) for step in episode.steps]
-    assert {type(value) for s in steps for value in (s.reward, s.terminated, s.truncated)} == {float, bool}
-
-
-def test_an_environment_that_ends_is_replaced():
-    """Catches a batch that runs dry while tasks wait."""
-    widths = []
-
-    def watched(states, actions, envs):
-        widths.append(len(states))
-        return coin(states, actions, envs)
-
-    tasks = [1, 9, 2, 2, 1, 3, 1, 1, 4]
-    reflect_rl.play(watched, Countdown, tasks, batch=3)
-    full = [w == 3 for w in widths]
-    assert full.count(True) >= 6 and full == sorted(full, reverse=True), f"batch sizes {widths}"
-    assert sum(widths) == sum(tasks), "as many decisions as steps"
+    episodes = reflect_rl.play(watched, Countdown, tasks, options, seed=3, batch=batch)
+    assert Countdown.made == min(batch, 10) and max(widths) == min(batch, 10) and sum(widths) == sum(tasks)
+    assert widths == sorted(widths, reverse=True), "a free environment gets the next task at once"
+    assert Countdown.seen == [{"easy": True, "task": task} for task in tasks] and options == {"easy": True}
+    assert [episode.task for episode in episodes] == tasks and [len(e.steps) for e in episodes] == tasks
+    for i, task in enumerate(tasks):
+        [single] = reflect_rl.play(coin, Countdown, [task], seed=3, numbers=[i])
+        assert vars(episodes[i]) == vars(single)
+    assert episodes[2].steps != episodes[3].steps, "two episodes of one task must differ"
+    [other] = reflect_rl.play(coin, Countdown, [5], seed=4)
+    assert [step.reward for step in other.steps] != [step.reward for step in episodes[0].steps]
 
 
 def test_steps_carry_what_happened():
-    """Catches swapped flags, success inferred from reward, the state after in place of the state before."""
+    """Catches swapped flags, success inferred from reward, the state after in place of the state before, a menu that
+    the environment changed afterwards, numpy's numbers, which neither JSON nor a checkpoint takes."""
     episodes = reflect_rl.play(coin, Countdown, [3, 1, 2])
-    ends = [(e.steps[-1].terminated, e.steps[-1].truncated, e.success) for e in episodes]
-    assert ends == [(True, False, True), (True, False, False), (False, True, False)]
+    ends = [(e.terminated, e.truncated, e.success, e.over) for e in episodes]
+    assert ends == [(True, False, True, True), (True, False, False, True), (False, True, False, True)]
     steps = episodes[0].steps
-    assert [s.state for s in steps] == ["3 of 3", "2 of 3", "1 of 3"] and episodes[0].final_state == "0 of 3"
-    assert all(not s.terminated and not s.truncated and not s.success for s in steps[:-1])
-    assert all(s.reflection == f"on {s.state}" and s.actions == ("a", "b") for s in steps)
-    assert all(s.log_prob == [math.log(0.3), math.log(0.7)][s.action] for s in steps)
-    assert episodes[0].total == pytest.approx(sum(s.reward for s in steps))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        steps[0].reward = 1.0
+    assert [s.state for s in steps] == ["3 of 3", "2 of 3", "1 of 3"]
+    assert [s.actions for s in steps] == [("a3", "b3"), ("a2", "b2"), ("a1", "b1")]
+    assert episodes[0].state == "0 of 3" and episodes[0].actions == ("a0", "b0")
+    assert all(s.reflection == f"on {s.state}" and s.log_prob == s.log_probs[s.action] for s in steps)
+    assert {type(s.reward) for s in steps} == {float} and {type(flag) for flags in ends for flag in flags} == {bool}
+    assert episodes[0].total == sum(s.reward for s in steps) and episodes[0].env is None
 
 
 def test_actions_are_sampled_as_their_probabilities():
-    """Catches sampling at another temperature, greedy play by default, a masked action taken."""
-    n, rng = 4000, random.Random(0)
-    rows = [math.log(0.2), -math.inf, math.log(0.8)]
-    taken = [reflect_rl.choose(rows, rng, greedy=False) for _ in range(n)]
+    """Catches sampling at another temperature, greedy play by default, an action without probability taken."""
+
+    class Three(Countdown):
+        def render(self, success):
+            return "s", {"actions": ("a", "b", "c"), "success": success}
+
+    def actor(episodes, known):
+        return coin(episodes, known, (0.2, 0, 0.8))
+
+    taken = [e.steps[0].action for e in reflect_rl.play(actor, Three, [1] * 4000)]
     assert 1 not in taken
-    assert abs(taken.count(0) / n - 0.2) < 5 * math.sqrt(0.16 / n), (
-        "five standard errors off: one in two million by chance"
-    )
-    assert {reflect_rl.choose(rows, rng, greedy=True) for _ in range(9)} == {2}
+    assert abs(taken.count(0) / 4000 - 0.2) < 5 * math.sqrt(0.16 / 4000), "five standard errors off"
+    assert {e.steps[0].action for e in reflect_rl.play(actor, Three, [1] * 9, greedy=True)} == {2}
+
+
+def test_show():
+    """Catches a viewer that shows less than state, reflection, menu with probabilities, choice, reward, outcome."""
+    episode = reflect_rl.Episode(0, None)
+    log_probs = [math.log(0.25), math.log(0.75)]
+    episode.steps = [Step("at 1", ("go", "stop"), "Go on.", log_probs=log_probs, action=1, reward=-0.5)]
+    episode.steps.append(Step("at 2", ("go",), None, log_probs=[0.0], action=0, reward=1.0))
+    lines = ["at 1", "# Analyze:", "Go on.", "     25.0%  go", "  >  75.0%  stop", "reward -0.50", ""]
+    lines += ["at 2", "  > 100.0%  go", "reward +1.00", ""]
+    for fields, word in (({"success": True}, "success"), ({"terminated": True}, "failure"), ({}, "out of time")):
+        vars(episode).update({"success": False, "terminated": False} | fields)
+        assert reflect_rl.show(episode) == "\n".join([*lines, f"{word} after 2 steps, return +0.50"])
+
+
+def test_micro_batch_bounds_every_forward_pass(bases):
+    """Catches held-out records or critic values in one batch whatever --micro-batch says."""
+    players = make_players(bases["gpt2"], micro_batch=3, max_reflection=4)
+    rows, critic = rows_of(players.model), rl.Critic(32)
+    episodes = reflect_rl.play(players, lambda: envs.make("taxi"), list(range(1, 480, 40)))
+    steps = [step for episode in episodes for step in episode.steps]
+    values = rl.values_of(steps[:8], players, critic)
+    assert len(values) == 8
+    records, _ = sft.negatives.make_records(Corridor, 3, 0.5, seed=0)
+    for stage in ("reflect", "policy"):
+        sft.held_out(players, records, stage)
+    assert len(rows) > 20 and max(rows) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Runs on disk
+# Options
+
+TABLE = {
+    "whole": (3, "an int", 1),
+    "share": (0.5, "a float", 0.0),
+    "kind": ("a", "one of", ("a", "b")),
+    "flag": (False, "off by default"),
+    "habit": (True, "on by default"),
+    "text": ("", "a text"),
+}
 
 
-def write_step(n):
-    def write(folder):
-        (folder / "policy").mkdir()
-        (folder / "policy" / "weights").write_text(str(n) * 1000)
-        (folder / "state.pt").write_text(str(n))
-
-    return write
+def parsed(*options):
+    return vars(resolved("--env", "corridor:Corridor", "--device", "cpu", *options, tables=(TABLE,)))
 
 
-def intact(run):
-    """The complete checkpoints, each with the content that it was given."""
-    found = {int(path.name[5:]): (path / "state.pt").read_text() for path in reflect_rl.checkpoints(run)}
-    newest = reflect_rl.checkpoints(run)[-1]
-    assert (newest / "policy" / "weights").read_text() == newest.joinpath("state.pt").read_text() * 1000, (
-        "half a checkpoint"
-    )
-    return found
+def test_options_are_what_was_typed(tmp_path):
+    found = parsed()
+    assert {key: found[key] for key in TABLE} == {key: row[0] for key, row in TABLE.items()} and found["bf16"] is False
+    found = parsed("--whole", "7", "--share", "0", "--kind", "b", "--flag", "--no-habit", "--text", "x", "--bf16", "on")
+    assert [found[key] for key in TABLE] == [7, 0.0, "b", True, False, "x"] and found["bf16"] is True
+    found = parsed("--env-option", "a=b=c", "--env-option", "n=3", "--env-option", "x=", "--repos", "r")
+    assert found["env_option"] == [("a", "b=c"), ("n", 3), ("x", ""), ("repos", str(Path("r").absolute()))]
+    assert parsed()["env_option"] == [], "the options of the last call stay"
 
 
-def test_two_checkpoints_are_kept(tmp_path):
-    for n in range(1, 5):
-        reflect_rl.save_checkpoint(tmp_path, n, write_step(n))
-    assert intact(tmp_path) == {3: "3", 4: "4"}
+WRONG = ["--whole 0", "--whole 1.5", "--whole nan", "--share nan", "--share -0.1", "--kind c", "--shar 1", "--habit"]
 
 
-def test_failed_save_leaves_the_older_ones(tmp_path):
-    """Catches a full disk that costs the run."""
-    reflect_rl.save_checkpoint(tmp_path, 1, write_step(1))
-
-    def full_disk(folder):
-        write_step(2)(folder)
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match="No space left"):
-        reflect_rl.save_checkpoint(tmp_path, 2, full_disk)
-    assert intact(tmp_path) == {1: "1"}
-    reflect_rl.save_checkpoint(tmp_path, 2, write_step(2))
-    assert intact(tmp_path) == {1: "1", 2: "2"}
+@pytest.mark.parametrize("wrong", [*WRONG, "--env-option 3", "--env-option a-b=3", "--seed x", "--micro-batch 0"])
+def test_wrong_options_are_refused(wrong, capsys):
+    """Catches a NaN that passes comparisons, a sign that turns a gradient round, a typo taken for an abbreviation."""
+    with pytest.raises(SystemExit) as end:
+        parsed(*wrong.split())
+    assert end.value.code == 2 and wrong.split()[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("call", range(16))
-def test_kill_at_any_point_of_a_save_leaves_a_whole_newest_checkpoint(call, tmp_path, monkeypatch):
-    """Catches any order of writes in which a kill leaves no checkpoint, or half a one that counts: the process dies at
-    the n-th file operation of the third save."""
-    for n in (1, 2):
-        reflect_rl.save_checkpoint(tmp_path, n, write_step(n))
-    calls = []
+def test_environments_have_settings_of_their_own(monkeypatch):
+    """Catches an environment's settings that win over what the user gave, or that stay for the next environment."""
+    monkeypatch.setattr(Corridor, "settings", {"trajectories": 77, "negatives": 0.25, "labels": "words"})
 
-    def dying(real):
-        def operation(*args, **options):
-            calls.append(real)
-            if len(calls) > call:
-                raise Killed
-            return real(*args, **options)
+    def found(*options):
+        args = resolved("--device", "cpu", *options, tables=(sft.DATA_OPTIONS,))
+        return args.trajectories, args.negatives, args.labels
 
-        return operation
-
-    with monkeypatch.context() as patch, pytest.raises((Killed, StopIteration)):
-        for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (os, "fsync"), (shutil, "rmtree")):
-            patch.setattr(owner, name, dying(getattr(owner, name)))
-        reflect_rl.save_checkpoint(tmp_path, 3, write_step(3))
-        raise StopIteration  # it took fewer operations than `call`
-    assert max(intact(tmp_path)) in (2, 3)
-    reflect_rl.save_checkpoint(tmp_path, 3, write_step(3))
-    assert max(intact(tmp_path)) == 3, "the remains of the kill are in the way of the next save"
-
-
-def test_sigkill_in_the_middle_of_a_save(tmp_path):
-    """The same with a real SIGKILL, in the middle of writing the weights."""
-    code = f"""
-import os, signal, pathlib, reflect_rl
-from test_reflect_rl import write_step
-run = pathlib.Path({str(tmp_path)!r})
-reflect_rl.save_checkpoint(run, 1, write_step(1))
-def killed(folder):
-    write_step(2)(folder)
-    os.kill(os.getpid(), signal.SIGKILL)
-reflect_rl.save_checkpoint(run, 2, killed)
-"""
-    subprocess_of("-c", code, code=-9)
-    assert intact(tmp_path) == {1: "1"}
-    reflect_rl.save_checkpoint(tmp_path, 2, write_step(2))
-    assert intact(tmp_path) == {1: "1", 2: "2"}
-
-
-def test_killed_write_leaves_the_old_text(tmp_path, monkeypatch):
-    """Catches `open(path, "w")` on the file itself."""
-    path = tmp_path / "config.json"
-    reflect_rl.write_atomically(path, "old")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(Killed))
-        reflect_rl.write_atomically(path, "new")
-    assert path.read_text() == "old"
-    reflect_rl.write_atomically(path, "new")
-    assert path.read_text() == "new"
-
-
-def test_existing_run_is_never_overwritten(tmp_path):
-    """Catches a second start that wipes the first run, and a resume under other settings."""
-    run = tmp_path / "run"
-    assert reflect_rl.open_run(run, {"lr": 1, "path": Path("x").name}) is None
-    reflect_rl.save_checkpoint(run, 5, write_step(5))
-    with pytest.raises(UserError, match="--resume"):
-        reflect_rl.open_run(run, {"lr": 1, "path": "x"})
-    with pytest.raises(UserError, match="lr 1, now 2"):
-        reflect_rl.open_run(run, {"lr": 2, "path": "x"}, resume=True)
-    assert reflect_rl.open_run(run, {"lr": 1, "path": "x"}, resume=True) == run / "step-000005"
-
-
-def test_resume_cuts_the_log_back(tmp_path):
-    """Catches lines that appear twice after a resume, and half a line left by a kill."""
-    run = tmp_path / "run"
-    reflect_rl.open_run(run, {})
-    for step in range(1, 8):
-        reflect_rl.log_line(run, step=step, loss=0.5)
-    reflect_rl.save_checkpoint(run, 4, write_step(4))
-    with (run / "log.jsonl").open("a") as file:
-        file.write('{"step": 8, "lo')
-    reflect_rl.open_run(run, {}, resume=True)
-    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
-
-
-def test_resume_without_checkpoint_starts_anew(tmp_path):
-    """Catches log lines of a start that was killed before its first checkpoint."""
-    run = tmp_path / "run"
-    reflect_rl.open_run(run, {})
-    reflect_rl.log_line(run, step=1)
-    assert reflect_rl.open_run(run, {}, resume=True) is None
-    assert (run / "log.jsonl").read_text() == ""
-
-
-def test_one_process_a_run(tmp_path):
-    """Catches two processes that write one run; the lock goes with its holder."""
-    with reflect_rl.lock_run(tmp_path):
-        code = f"""
-import envs, reflect_rl
-try:
-    with reflect_rl.lock_run({str(tmp_path)!r}):
-        print("two at once")
-except envs.UserError as error:
-    print(error)
-"""
-        assert "another process" in subprocess_of("-c", code)[0]
-    with reflect_rl.lock_run(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize(
-    "text, pair", [("mode=pickup", ("mode", "pickup")), ("n=3", ("n", 3)), ("x=", ("x", "")), ("a=b=c", ("a", "b=c"))]
-)
-def test_env_options(text, pair):
-    assert reflect_rl.parse_option(text) == pair
+    corridor = ("--env", "corridor:Corridor")
+    assert found(*corridor) == (77, 0.25, "words") and found() == (200, 0.5, "letters")
+    assert found(*corridor, "--trajectories", "200", "--labels", "letters") == (200, 0.25, "letters")
+    assert found(*corridor, "--no-negatives") == (77, 0.0, "words")
+    with pytest.raises(UserError, match="--device cuda:99 cannot be used"):
+        found("--device", "cuda:99")

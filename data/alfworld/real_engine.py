@@ -11,7 +11,7 @@ import pathlib
 import re
 import sys
 
-from envs import THING, UserError, listing
+from envs import THING, Notes, UserError, household, listing
 
 ALFWORLD_PIN = "alfworld==0.4.2 textworld==1.7.0"
 
@@ -56,7 +56,7 @@ def find_games(path):
         games[split].append(task)
     if left_out:
         print(f"note: {len(left_out)} games that ALFWorld leaves out: {', '.join(left_out)}", file=sys.stderr)
-    return games
+    return {split: found for split, found in games.items() if found}
 
 
 def read_game(file):
@@ -76,6 +76,18 @@ def trajectory_beside(file):
     return read_game(beside) if beside.exists() else {}
 
 
+def goal_of(sentence):
+    """`{"type", "object", "target"}` of a task sentence in ALFWorld's templates, None for free text. The target of
+    `look_at_obj_in_light` is the lamp."""
+    for name, templates in household()["sentences"].items():
+        for template in templates:
+            # The template with its two gaps as groups of a pattern.
+            pattern = template.format(object=r"(?P<object>\w+)", target=r"(?P<target>\w+)")
+            if match := re.fullmatch(pattern, sentence):
+                return {"type": name, **match.groupdict()}
+    return None
+
+
 def goal_beside(file):
     """What `goal_of` gives, from a game's traj_data.json: needed where people wrote the task sentence."""
     data = trajectory_beside(file)
@@ -93,7 +105,7 @@ class TextWorldGame:
         self.task, file = task, str(task["game"])
         textworld, demangler = import_alfworld()
         read_game(file)  # a missing or broken file is the user's error, not TextWorld's
-        self.goal = goal_beside(file)
+        self.goal = goal_beside(file)  # None where nothing stands beside it
         wanted = textworld.EnvInfos(won=True, admissible_commands=True)
         try:
             self.env = textworld.start(file, request_infos=wanted, wrappers=[demangler()])
@@ -102,7 +114,10 @@ class TextWorldGame:
 
     def reset(self):
         self.state = self.env.reset()
-        return sort_lists(self.state.feedback)
+        opening = sort_lists(self.state.feedback)
+        # The sentence comes first: it is all that a player has. Sentences written by people fit no template.
+        self.goal = goal_of(Notes(opening).sentence) or self.goal
+        return opening
 
     def do(self, command):
         self.state = self.env.step(command)[0]

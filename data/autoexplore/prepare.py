@@ -383,6 +383,7 @@ def ask(splits, trees, kind, per_file):
 # A directory or a file of the user's
 
 
+@functools.cache
 def read(path):
     """`{"repos": {name: tree}, "tasks": {split: tasks}}` of a directory: of its subdirectories, if it has nothing
     else, or of itself. Of a file: what is in it, checked."""

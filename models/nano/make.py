@@ -127,7 +127,8 @@ def describe_exploration(env):
         topic = list(dict.fromkeys(negatives.words_of(env.result)))[:4]
         facts.append((f"The file {name} speaks of", f" {', '.join(topic) or 'nothing'}."))
         facts += [split_behind("is in", sentence) for sentence in negatives.say_file(env)]
-    names = negatives.say_way(env) + [negatives.say_name(env, "The name", name) for name in here]
+    names = [negatives.say_name(env, "On the way", f"{name}/") for name in env.cwd]
+    names += [negatives.say_name(env, "The name", name) for name in here]
     facts += [split_behind("has", sentence) for sentence in names]
     unread = [name for name in here if name not in seen]
     facts.append(("Seen here:", f" {', '.join(seen) or 'nothing'}."))
@@ -294,18 +295,18 @@ def random_walk(env, rng, length):
     if isinstance(env, envs.DangerousTaxi):
         options["mode"] = rng.choice(env.modes)
     seed, history = rng.getrandbits(32), []
-    now = negatives.begin(env, options, seed)
+    state, info, _ = negatives.replay(env, options, seed, history)
     for _ in range(length):
-        action = rng.randrange(len(now.actions))
-        now = negatives.take(env, action)
-        if now.over:
-            now = negatives.begin(env, options, seed, history)
+        action = rng.randrange(len(info["actions"]))
+        state, _, terminated, truncated, info = env.step(action)
+        if terminated or truncated:
+            state, info, _ = negatives.replay(env, options, seed, history)
         else:
             history.append(action)
     if exploring and rng.random() < 0.8:
         ask_near(env, rng)
         return env.render(), tuple(env.actions)
-    return now.state, now.actions
+    return state, tuple(info["actions"])
 
 
 # ---------------------------------------------------------------------------------------------------------
