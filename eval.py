@@ -80,14 +80,14 @@ def expert_actor(episodes, known):
     return steps
 
 
-def evaluate(actor, make_env, split="test", repeats=3, greedy=False):
-    """Play the panel of a split; the episodes."""
+def evaluate(actor, make_env, split="test", repeats=3, greedy=False, known=None):
+    """Play the panel of a split; the episodes. `known`: see `reflect_rl.play`."""
     tasks = make_env().tasks(split)
     if len(tasks) > PANEL:
         tasks = random.Random(0).sample(tasks, PANEL)
     if not tasks:
         raise UserError(f"the {split} split has no tasks")
-    return play(actor, make_env, tasks * (1 if greedy else repeats), seed=PANEL_SEED, greedy=greedy)
+    return play(actor, make_env, tasks * (1 if greedy else repeats), seed=PANEL_SEED, greedy=greedy, known=known)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -96,10 +96,10 @@ def evaluate(actor, make_env, split="test", repeats=3, greedy=False):
 
 def row(name, actor, args):
     """A line of the table: sampled and greedy episodes of one actor, the sampled ones also by group of tasks."""
-    make_env, groups = env_factory(args), {}
-    sampled, greedy = evaluate(actor, make_env, args.split, args.repeats), []
+    make_env, groups, known = env_factory(args), {}, {}
+    sampled, greedy = evaluate(actor, make_env, args.split, args.repeats, known=known), []
     if actor is not random_actor:
-        greedy = evaluate(actor, make_env, args.split, greedy=True)
+        greedy = evaluate(actor, make_env, args.split, greedy=True, known=known)
     env = make_env()
     for episode in sampled:
         for group in env.groups(episode.task):

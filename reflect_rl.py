@@ -197,9 +197,20 @@ class LoRALinear(nn.Module):
     def forward(self, x):  # (..., d_in) -> (..., d_out)
         if self.active is None:
             return self.base(x)
-        A, B = self.lora_A[self.active], self.lora_B[self.active]
-        # Rank r in between: never a full-size matrix. The scale goes on A, which is smaller than x.
-        return self.base(x) + F.linear(F.linear(x, A * self.scale[self.active]), B)
+        # The scale goes on A, which is smaller than x.
+        A, B, W = self.lora_A[self.active] * self.scale[self.active], self.lora_B[self.active], self.base.weight
+        if self.merges(x):
+            W = W.T if isinstance(self.base, Conv1D) else W
+            return F.linear(x, torch.addmm(W, B, A), self.base.bias)
+        return self.base(x) + F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
+
+    def merges(self, x):
+        """Whether W + B A, made for this call only, is the faster way: many tokens, and no gradient is wanted.
+
+        Not in bf16, where a small B A would vanish in the rounding of W.
+        """
+        exact = x.dtype == self.base.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        return exact and x.numel() > self.base.weight.numel() and not torch.is_grad_enabled()
 
 
 def lora_layers(model):
@@ -498,8 +509,7 @@ class Players:
     def __call__(self, episodes, known):
         """The next step of each episode: what `play` asks of an actor.
 
-        `known` is a dict of this call of `play`: a state that comes back is decided as before, because no weight
-        changes while playing.
+        A state in the dict `known` is decided as before: no weight changes while playing.
         """
         keys = [(episode.state, episode.actions) for episode in episodes]
         new = [key for key in dict.fromkeys(keys) if key not in known]  # each once, in order
@@ -559,17 +569,17 @@ class Episode:
         self.steps.append(step)
 
 
-def play(actor, make_env, tasks, options=None, seed=0, numbers=None, greedy=False, batch=64):
+def play(actor, make_env, tasks, options=None, seed=0, numbers=None, greedy=False, batch=64, known=None):
     """One `Episode` per task, in the order of the tasks, at most `batch` of them side by side.
 
     An environment that ends gets the next task at once, so the batch stays full. Episode i draws from an RNG of its
     own, seeded by `(seed, numbers[i])`: what it does depends on no other. `actor(episodes, known)` gives a scored
-    `Step` for each (see `Players.__call__`).
+    `Step` for each (see `Players.__call__`); pass a dict `known` to share it with the next call.
     """
     episodes = []
     for number, task in zip(numbers or range(len(tasks)), tasks, strict=True):
         episodes.append(Episode(task, random.Random(f"{seed}/{number}")))
-    waiting, playing, known = collections.deque(episodes), [], {}
+    waiting, playing, known = collections.deque(episodes), [], {} if known is None else known
     free = [make_env() for _ in range(min(batch, len(tasks)))]  # environments without an episode
     while waiting or playing:
         while waiting and free:

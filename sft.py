@@ -178,7 +178,7 @@ def fit(run, players, stage, pairs, records, steps, args):
     Some held-out `records` are looked at now and then.
     """
     parameters = adapter_parameters(players.model, stage)
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     done, _ = run.restore(parameters, optimizer)
     for step in tqdm(range(done, steps), initial=done, total=steps, desc=stage, unit="update", disable=None):
         lr = optimizer.param_groups[0]["lr"] = lr_at(step, steps, args.lr)
