@@ -349,17 +349,22 @@ def load_base(path="nano", device="cpu"):
     is_folder = os.path.isdir(path)
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
         raise UserError(f"{path} is no directory")  # nor a name of the hub, which would be asked for a minute
+    if is_folder and not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"{path} is no causal LM: it has no config.json")  # an adapter would have its base loaded
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).to(device)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
+                                                           output_loading_info=True)
+    except Exception as error:  # a damaged file may raise anything
         what = "causal LM with a tokenizer" if is_folder else "directory, and no causal LM from the hub"
         raise UserError(f"{path} is no {what}: {(str(error) or repr(error)).splitlines()[0]}") from None
+    if info["missing_keys"]:  # transformers would draw them at random
+        raise UserError(f"{path} has no weights of {', '.join(sorted(info['missing_keys']))[:200]}")
     if not encode(tokenizer, ACTION_HEADER):
         raise UserError(f"{path} holds no tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no end-of-text token, which ends a reflection")
-    return model.eval(), tokenizer  # eval(): dropout stays off in every stage, LoRA has none
+    return model.to(device).eval(), tokenizer  # eval(): dropout stays off in every stage, LoRA has none
 
 
 class Players:
@@ -501,6 +506,8 @@ class Players:
         for start in range(0, len(ordered), self.micro_batch):
             part = ordered[start : start + self.micro_batch]
             rows = self.log_probs(self.forward(part, adapter), part).tolist()
+            if any(math.isnan(row[0]) for row in rows):  # one logit that is not finite makes the whole row NaN
+                raise UserError("the model's outputs are not finite: a damaged base, or too large a learning rate")
             for step, row in zip(part, rows, strict=True):
                 step.log_probs = row[: len(step.menu)]
 
@@ -747,6 +754,7 @@ def gather(value):
 
 # Options that may differ on resume: they say where, how fast or how often, or are told by another one.
 MAY_DIFFER = ("runs", "resume", "name", "device", "bf16", "micro_batch", "repos", "no_negatives", "repeats", "stage")
+MOST_WEIGHT = 1e6  # a larger trained weight is not saved
 
 
 def settings_of(args):
@@ -769,7 +777,7 @@ def read_config(folder):
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         wrong = [key for key, kind in kinds.items() if not isinstance(config[key], kind)]
         dict(config["env_option"])  # pairs of name and value
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is no run: its config.json cannot be read ({error!r})") from None
     if wrong:
         raise UserError(f"{folder} is no run: {', '.join(wrong)} in its config.json has a value of another kind")
@@ -781,7 +789,7 @@ def read_log(folder):
     path, lines = Path(folder) / "log.jsonl", []
     if path.exists():
         for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 figures = json.loads(line)
                 if isinstance(figures, dict) and isinstance(figures.get("step"), int):
                     lines.append(figures)
@@ -825,8 +833,9 @@ class Run:
 
     def save(self, step, parameters, optimizer, **more):
         """A checkpoint, written beside the old one and renamed over it: a kill leaves the one or the other."""
-        if not all(torch.isfinite(parameter).all() for parameter in parameters):
-            raise UserError(f"update {step}: weights are not finite; the checkpoint before it is kept")
+        # NaN is not below the bound either. Larger weights end in NaN soon, and each resume would fail the same way.
+        if not all((parameter.abs() < MOST_WEIGHT).all() for parameter in parameters):
+            raise UserError(f"update {step}: the weights grow without bound; the checkpoint before it is kept")
         weights = [parameter.detach().cpu() for parameter in parameters]
         state = {"step": step, "parameters": weights, "optimizer": optimizer.state_dict(), "more": more}
         beside = self.folder / "checkpoint.tmp"
@@ -849,12 +858,13 @@ class Run:
             with torch.no_grad():
                 for parameter, saved in zip(parameters, state["parameters"], strict=True):
                     parameter.copy_(saved)
+            step, more = state["step"], state["more"]
         except Exception as error:  # a damaged file may raise anything
             raise UserError(f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from None
         if rank() == 0:
-            kept = [figures for figures in read_log(self.folder) if figures["step"] <= state["step"]]
+            kept = [figures for figures in read_log(self.folder) if figures["step"] <= step]
             write(self.folder / "log.jsonl", "".join(json.dumps(figures) + "\n" for figures in kept))
-        return state["step"], state["more"]
+        return step, more
 
 
 def runs_of(args):

@@ -78,9 +78,9 @@ SHOW_EVERY = 25  # updates between episodes that are printed whole
 # Returns and advantages: plain lists, an episode at a time
 
 
-def returns_to_go(rewards, gamma, after=0.0):
-    """G_t = r_t + gamma G_{t+1}; `after` is the value of what follows the last step."""
-    returns, G = [], after
+def returns_to_go(rewards, gamma):
+    """G_t = r_t + gamma G_{t+1}, and 0 after the last step."""
+    returns, G = [], 0.0
     for reward in reversed(rewards):
         G = reward + gamma * G
         returns.append(G)
@@ -389,7 +389,7 @@ def make_learner(args, players, sft_adapters):
         torch.manual_seed(args.seed)
         critic = Critic(players.model.get_output_embeddings().weight.shape[1]).to(players.device)
         groups.append({"params": list(critic.parameters())})
-    optimizer = torch.optim.AdamW(groups, lr=args.rl_lr, weight_decay=0.0, fused=True)  # `update` sets the learning rates
+    optimizer = torch.optim.AdamW(groups, lr=args.rl_lr, weight_decay=0.0, fused=True)  # `update` sets the rates
     return critic, sum((group["params"] for group in groups), []), optimizer
 
 
@@ -468,6 +468,7 @@ def resolve(args):
     vars(args).update(ALGORITHMS[args.algo])
     for name, (default, *_) in sft.OWN_OPTIONS.items():  # options of `sft.py` alone
         setattr(args, name, vars(args).get(name, default))
+    run_name(args)  # a wrong --name is refused now, and not after SFT
     if args.episodes % args.group:
         raise UserError(f"--episodes {args.episodes} cannot be divided into {args.algo}'s groups of {args.group}")
     if args.algo == "reinforce" and args.episodes < 2:
@@ -482,7 +483,7 @@ def main():
     add_options(parser, COMMON, sft.DATA_OPTIONS, sft.OPTIONS, OPTIONS, panel)
     args = parse_args(parser)
     resolve(args)
-    stages = ["plain", "reflect", "policy"] if args.reflection else ["plain"]
+    stages = ["reflect", "policy"] if args.reflection else ["plain"]
     if os.environ.get("RANK", "0") == "0":  # under torchrun the others wait in joined_processes
         sft.run(args, stages)
     with joined_processes(args):  # after SFT, which is the first process's work alone

@@ -1,17 +1,23 @@
-"""Bad input: one clear line on stderr, exit code 2, no traceback, and nothing lost."""
+"""Bad input ends with one line on stderr and exit code 2: no traceback, nothing lost, nothing of it executed.
 
-import argparse
-import dataclasses
+Other suites have the bad input of their module: environments, a closed pipe, an ASCII terminal (test_envs), records
+(test_negatives), repositories (test_autoexplore), adapters and the forms of options (test_reflect_rl), lengths
+(test_sft), runs that name a module (test_eval). Here are options, bases and run folders as the scripts meet them.
+"""
+
+import gc
 import json
+import os
+import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import make_players, run_script, subprocess_of, table_of, tiny_options, tiny_rl_options
+import torch
+from conftest import Killed, read_log, run_script, sft_folder, subprocess_of, tiny_options, tiny_rl_options
 from corridor import Corridor
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import curriculum
 import envs
@@ -21,186 +27,109 @@ import reflect_rl
 import rl
 import sft
 
-SCRIPTS = {
-    "envs": envs,
-    "reflect_rl": reflect_rl,
-    "negatives": negatives,
-    "sft": sft,
-    "curriculum": curriculum,
-    "rl": rl,
-    "eval": evaluation,
-}
-
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
     """Runs a script that must refuse; the one line that it says."""
 
-    def run(module, *options):
+    def run(script, *options):
+        capsys.readouterr()
+        monkeypatch.setattr(envs, "OWN_MODULES", set())  # this file is an environment's module, too
         with pytest.raises(SystemExit) as end:
-            envs.run_main(lambda: run_script(module, *options, monkeypatch=monkeypatch))
-        said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-        assert end.value.code == 2, said
-        assert len(said) == 1 and said[0].startswith("error: ") and "Traceback" not in said[0], said
+            envs.run_main(lambda: run_script(script, *options, monkeypatch=monkeypatch))
+        gc.collect()  # the lock goes with its process
+        said = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
         return said[0]
 
     return run
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+class Bomb:
+    """A pickle that runs a command where it is loaded in Python's own way."""
+
+    def __init__(self, folder):
+        self.path = folder / "exploded"
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Every script
-
-
-def test_environments_have_settings_of_their_own(monkeypatch):
-    """Catches an environment's settings that win over what the user gave, or that stay for the next environment."""
-    monkeypatch.setattr(Corridor, "settings", {"trajectories": 77, "negatives": 0.25}, raising=False)
-
-    def parsed(*options):
-        parser = argparse.ArgumentParser()
-        reflect_rl.add_common_options(parser)
-        negatives.add_data_options(parser)
-        monkeypatch.setattr(sys, "argv", ["negatives.py", *options])
-        args = reflect_rl.parse_args(parser)
-        return args.trajectories, args.negatives
-
-    corridor = ("--env", "corridor:Corridor")
-    assert parsed(*corridor) == (77, 0.25)
-    assert parsed(*corridor, "--trajectories", "5") == (5, 0.25)
-    assert parsed(*corridor, "--no-negatives") == (77, 0.0)
-    assert parsed("--env", "taxi") == (200, 0.5)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_unknown_environment(script, refused, tmp_path):
-    """Catches a traceback for a typo in --env."""
-    more = [] if script == "envs" else ["--runs", tmp_path / "runs"]
-    assert "taxy" in refused(SCRIPTS[script], "--env", "taxy", *more)
-    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/log.jsonl"))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("option", ["--no-such-option", "--see=1"])
-def test_unknown_option(script, option, capsys, monkeypatch):
-    """Catches options that are ignored, and argparse's guessing at abbreviations (--see for --seed)."""
-    with pytest.raises(SystemExit) as end:
-        run_script(SCRIPTS[script], option, monkeypatch=monkeypatch)
-    assert end.value.code == 2 and option in capsys.readouterr().err.splitlines()[-1]
+# Options
 
 
 def test_in_a_process_of_its_own():
-    """The same through the real command line: exit code, stderr, stdout."""
     out, err = subprocess_of("curriculum.py", "--env", "taxy", code=2)
-    assert out == "" and err.count("\n") == 1 and err.startswith("error: unknown environment 'taxy'")
+    assert out == "" and err.startswith("error: unknown environment 'taxy'") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "option", [("--env-option", "mode"), ("--env-option", "=3"), ("--seed", "one"), ("--bf16", "maybe")]
-)
-def test_bad_option_value(option, capsys, monkeypatch):
-    with pytest.raises(SystemExit) as end:
-        run_script(rl, *option, monkeypatch=monkeypatch)
-    assert end.value.code == 2 and option[0] in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize("script", [reflect_rl, negatives, sft, curriculum, rl, evaluation])
+def test_every_script_refuses_typos(script, refused, tmp_path, capsys, monkeypatch):
+    """Catches options that are ignored, argparse's guessing at abbreviations, and folders of what cannot be."""
+    wrong = ["--no-such-option", "--see=1", "--env-option=mode", "--seed=one", "--labels=digits"]
+    for option in [*wrong, *{sft: ["--stage=all"], rl: ["--algo=sarsa", "--reflection"]}.get(script, [])]:
+        with pytest.raises(SystemExit) as end:
+            run_script(script, option, monkeypatch=monkeypatch)
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert end.value.code == 2 and " error: " in last and option.split("=")[0] in last
+    assert "taxy" in refused(script, "--env", "taxy", "--runs", tmp_path / "runs")
+    assert "abacus" in refused(script, "--device", "abacus", "--runs", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
-def test_bad_environment_option(refused, tmp_path):
-    assert "colour" in refused(curriculum, "--env-option", "colour=red")
-    assert "fly" in refused(negatives, "--env-option", "mode=fly", "--runs", tmp_path)
+@pytest.mark.parametrize("script, tables", [
+    (sft, [reflect_rl.COMMON, sft.DATA_OPTIONS, sft.OPTIONS, sft.OWN_OPTIONS]), (rl, [rl.OPTIONS]),
+    (evaluation, [evaluation.OPTIONS]),
+])
+def test_every_number_has_a_bound(script, tables, capsys, monkeypatch):
+    """Catches a ZeroDivisionError an hour into the run, and a sign that turns a gradient round."""
+    for name, (default, _, *limit) in [row for table in tables for row in table.items()]:
+        option = f"--{name.replace('_', '-')}"
+        for value in [limit[0] - 1, "nan", "x"] if type(default) in (int, float) and name != "seed" else []:
+            with pytest.raises(SystemExit) as end:
+                run_script(script, f"{option}={value}", monkeypatch=monkeypatch)
+            assert end.value.code == 2 and option in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_unknown_device(refused, tmp_path, bases):
-    """Catches torch's traceback for a device that there is not."""
-    assert "abacus" in refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path), "--device", "abacus")
+@pytest.mark.parametrize("wrong", [
+    "--base ./nosuch", "--data nosuch.jsonl", "--episodes 1", "--algo grpo --episodes 6", "--algo rloo --replay 1",
+    "--env-option colour=red", "--name ../x",
+])
+def test_a_typo_leaves_nothing_behind(wrong, refused, tmp_path, bases):
+    """Catches a run folder that remembers what was misspelt, and a mistake that shows only after SFT."""
+    line = refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path / "runs"), *wrong.split())
+    *_, option, value = wrong.split()
+    assert (option in line or value.partition("=")[0] in line) and not (tmp_path / "runs").exists()
 
 
-COUNTS = (
-    "--updates",
-    "--episodes",
-    "--micro-batch",
-    "--save-every",
-    "--trajectories",
-    "--batch",
-    "--rank",
-    "--repeats",
-    "--group",
-    "--epochs",
-    "--minibatches",
-)
-OTHERS = (
-    ("--negatives", 1.5),
-    ("--negatives", -0.1),
-    ("--replay", -1),
-    ("--replay-buffer", -1),
-    ("--eval-every", -1),
-    ("--episodes", 1),  # REINFORCE's baseline is the mean of the batch
-    ("--lr", "nan"),
-    ("--rl-lr", 0),
-    ("--group", 5),  # divides no batch here
-)
+def test_the_right_path_works_after_a_wrong_one(refused, tmp_path, bases, monkeypatch):
+    """Also: records of one's own need no teacher, and a file in place of the runs stays."""
+    monkeypatch.setattr(Corridor, "reflection", envs.Env.reflection)
+    options = [*tiny_rl_options(bases["gpt2"], tmp_path / "runs"), "--updates", 1, "--data", tmp_path / "own.jsonl"]
+    assert "own.jsonl" in refused(rl, *options)
+    assert "needs a method reflection()" in refused(rl, *options[:-2])
+    negatives.write_records([negatives.Record(0, False, False, "s", "r", ("a", "b"), 0)], tmp_path / "own.jsonl")
+    run_script(rl, *options, monkeypatch=monkeypatch)
+    assert len(read_log(tmp_path / "runs" / "corridor-rl-s0")) == 1
+    before = contents(tmp_path)
+    assert "own.jsonl" in refused(rl, *options, "--runs", tmp_path / "own.jsonl") and contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("option", [*((name, 0) for name in COUNTS), *OTHERS])
-def test_numbers_out_of_range(option, refused, tmp_path, bases):
-    """Catches a ZeroDivisionError an hour into the run: refused before anything is trained."""
-    assert option[0] in refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path / "runs"), *option)
-    assert not list(tmp_path.rglob("adapter*"))
-
-
-def test_runs_folder_that_is_a_file(refused, tmp_path, bases):
-    (tmp_path / "runs").write_text("mine")
-    assert "runs" in refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path / "runs"))
-    assert (tmp_path / "runs").read_text() == "mine"
-
-
-def test_unknown_split(refused, tmp_path):
-    assert "dev" in refused(negatives, "--env", "taxi", "--runs", tmp_path, "--split", "dev")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Models
-
-
-@pytest.mark.parametrize(
-    "kind", ["missing", "empty", "no weights", "half the weights", "no tokenizer", "half a config", "a file"]
-)
-def test_model_directory_that_is_none(kind, refused, tmp_path, bases):
-    """Catches a traceback out of transformers, and a hub download in place of an error."""
-    folder = tmp_path / "model"
-    if kind == "empty":
-        folder.mkdir()
-    elif kind == "a file":
-        folder.write_text("x")
-    elif kind != "missing":
-        shutil.copytree(bases["gpt2"], folder)
-        weights, config = folder / "model.safetensors", folder / "config.json"
-        if kind == "no weights":
-            weights.unlink()
-        elif kind == "no tokenizer":
-            for path in folder.glob("tokenizer*"):
-                path.unlink()
-        else:
-            half = weights if "weights" in kind else config
-            half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
-    assert str(folder) in refused(sft, *tiny_options(folder, tmp_path / "runs"))
-
-
-def words_only_model(folder, eos="<end>"):
-    """A tokenizer that knows whole words only: no label continues a prompt by a token of its own."""
-    words = ["<unk>", *([eos] if eos else []), "at", "goal", "last", "left", "right", "go"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token=eos).save_pretrained(folder)
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_embd=8, n_layer=1, n_head=1, n_positions=1024)).save_pretrained(
-        folder
-    )
-    return folder
+def test_what_is_not_there(refused, tmp_path):
+    for script in (negatives, evaluation):
+        assert "dev" in refused(script, "--runs", tmp_path / "x", "--split", "dev")
+    for script in (evaluation, reflect_rl):
+        assert "nowhere is no run" in refused(script, "--run", tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
 
 
 class Crossroads(Corridor):
-    """Corridor with more actions than any tokenizer here has labels for."""
+    """More actions than any tokenizer here has labels for."""
 
     actions = tuple(f"go {i}" for i in range(130))
 
@@ -208,224 +137,237 @@ class Crossroads(Corridor):
         return super().step(min(action, 1))
 
 
-@pytest.mark.parametrize("script", ["sft", "rl"])
-def test_tokenizer_without_room_for_labels(script, refused, tmp_path, bases):
-    """Catches an IndexError, or actions that silently have no label: both counts must be named, before training."""
-    options = {"sft": tiny_options, "rl": tiny_rl_options}[script](bases["gpt2"], tmp_path / "runs")
-    options[1] = "test_bad_input:Crossroads"
-    line = refused(SCRIPTS[script], *options)
-    assert "130" in line and str(len(make_players(bases["gpt2"]).labels.ids)) in line
-    assert not list(tmp_path.rglob("adapter*"))
-
-
-def test_tokenizer_without_any_label(refused, tmp_path):
-    """Only words that are labels by accident: too few for three actions."""
-    folder = words_only_model(tmp_path / "words")
-    options = tiny_options(folder, tmp_path / "runs")
-    options[1] = "test_bad_input:Crossroads"
-    assert "130" in refused(sft, *options)
-
-
-def test_tokenizer_without_end(refused, tmp_path):
-    """Catches a reflector that can never stop."""
-    assert "end" in refused(sft, *tiny_options(words_only_model(tmp_path / "words", eos=None), tmp_path / "runs"))
+def test_own_environments(tmp_path, bases, monkeypatch, refused):
+    """Catches a training with too few labels, of which both counts are named before it; and an OSError of the user's
+    code in one line that does not say where it was."""
+    options = [*tiny_rl_options(bases["gpt2"], tmp_path), "--env", "test_bad_input:Crossroads"]
+    line = refused(rl, *options)
+    assert "130 actions" in line and "one-token labels" in line and not list(tmp_path.rglob("*.pt"))
+    monkeypatch.setattr(Crossroads, "tasks", lambda self, split: open("/nowhere/at/all"))
+    with pytest.raises(FileNotFoundError):
+        envs.run_main(lambda: run_script(rl, *options, "--seed", 1, monkeypatch=monkeypatch))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Data
+# Bases
 
 
-@pytest.mark.parametrize("kind, words", [("malformed", "line 2"), ("empty", "empty"), ("missing", "nowhere")])
-def test_bad_data_set(kind, words, refused, tmp_path, bases):
-    """Catches a traceback, or a training on what could be read."""
-    path = tmp_path / ("nowhere.jsonl" if kind == "missing" else "data.jsonl")
-    records = negatives.make_records(Corridor, 4, 0.5, seed=0)
-    if kind != "missing":
-        negatives.write_records([] if kind == "empty" else records, path)
-    if kind == "malformed":
-        lines = path.read_text().splitlines()
-        path.write_text("\n".join([lines[0], lines[1][:30], *lines[2:]]))
-    before = path.read_bytes() if path.exists() else None
-    assert words in refused(sft, *tiny_options(bases["gpt2"], tmp_path / "runs"), "--data", path)
-    assert not list(tmp_path.rglob("adapter*")) and (before is None or path.read_bytes() == before)
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_an_example_too_long_for_a_later_stage(refused, tmp_path, bases):
-    """Catches a training of `plain`, which has no reflections, that ends in an error about those of `reflect`."""
-    records = negatives.make_records(Corridor, 4, 0.5, seed=0)
-    long = dataclasses.replace(records[-1], reflection="a word " * 2000)
-    negatives.write_records([*records, long], tmp_path / "data.jsonl")
-    said = refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path / "runs"), "--data", tmp_path / "data.jsonl")
-    assert "stage reflect" in said and "exceeds the model's context" in said
-    assert not list(tmp_path.rglob("adapter*"))
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
-def test_environment_without_teacher(refused, tmp_path, bases):
-    class Silent(Corridor):
-        reflection = property()
-
-    globals()["Silent"] = Silent
-    options = tiny_options(bases["gpt2"], tmp_path / "runs")
-    options[1] = "test_bad_input:Silent"
-    assert "reflection" in refused(sft, *options)
+def other_tokenizer(folder, tokenizer, **special):
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
-class Untaught(Corridor):
-    """An environment of which nobody wrote a teacher or an expert."""
-
-    reflection = property()
-    expert_action = envs.Env.expert_action
+def pickled_weights(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Bomb(folder)}, folder / "pytorch_model.bin")
 
 
-def test_records_of_ones_own_need_no_teacher(refused, tmp_path, bases, monkeypatch, capsys):
-    """Catches `--data` that asks for the teacher it replaces, or is ignored where SFT is done; and a table that ends in
-    the traceback of the missing expert."""
-    records = negatives.make_records(Corridor, 12, 0.5, seed=0)
-    negatives.write_records(records, tmp_path / "mine.jsonl")
-    options = tiny_rl_options(bases["gpt2"], tmp_path / "runs")
-    options[1] = "test_bad_input:Untaught"
-    run_script(rl, *options, "--data", tmp_path / "mine.jsonl", monkeypatch=monkeypatch)
-    out = capsys.readouterr().out
-    table = table_of(out)
-    assert "untaught-rl-s0" in table and "random" in table and "expert" not in table
-    kept = sum(record.trajectory not in (5, 11) for record in records)
-    assert f"{kept} steps of {tmp_path / 'mine.jsonl'}" in out and kept < len(records)
-    assert "other settings: data" in refused(rl, *options, "--resume")
-    few = [record for record in records if record.trajectory < 5]
-    assert negatives.hold_out(few) == {"train": few, "valid": few}
+def an_adapter(folder):
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "gpt2"}))
+
+
+def own_code(folder):
+    (folder / "own.py").write_text(f"open({str(folder / 'exploded')!r}, 'w')\nclass Own: pass\n")
+    names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": names}))
+    return {"auto_map": names}
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+WORDS = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "go": 2}, unk_token="<unk>"))
+SPOILT = {
+    "missing": shutil.rmtree,
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+    "half weights": lambda folder: halve(folder / "model.safetensors"),
+    "half config": lambda folder: halve(folder / "config.json"),
+    "half tokenizer": lambda folder: halve(folder / "tokenizer.json"),
+    "a list": lambda folder: (folder / "config.json").write_text("[]"),
+    "other shapes": lambda folder: change_config(folder, n_embd=64),
+    "unknown model": lambda folder: change_config(folder, model_type="oracle"),
+    "no LM": lambda folder: change_config(folder, model_type="vit"),
+    "layers missing": lambda folder: change_weights(folder, lambda w: {key: w[key] for key in w if ".h.1." not in key}),
+    "NaN": lambda folder: change_weights(folder, lambda w: {key: w[key] * torch.nan for key in w}),
+    "pickled weights": pickled_weights,
+    "adapter": an_adapter,
+    "no end": lambda folder: other_tokenizer(folder, Tokenizer.from_file(str(folder / "tokenizer.json"))),
+    "no labels": lambda folder: other_tokenizer(folder, WORDS, unk_token="<unk>", eos_token="</s>"),
+    "own tokenizer": own_code,
+    "own model": lambda folder: change_config(folder, model_type="oracle", **own_code(folder)),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_a_directory_that_is_no_base(kind, refused, tmp_path, bases, monkeypatch):
+    """Catches a traceback out of transformers, a hub download in place of an error, layers drawn at random, code that
+    is run or asked for."""
+    monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("asked on standard input"))
+    folder = shutil.copytree(bases["gpt2"], tmp_path / "model")
+    SPOILT[kind](folder)
+    line = refused(sft, *tiny_options(folder, tmp_path / "runs"))
+    named = {"NaN": "update 1: the gradient is not finite", "no labels": "0 one-token labels"}
+    assert named.get(kind, str(folder)) in line
+    assert not list(tmp_path.glob("runs/**/*.pt")) and not list(tmp_path.rglob("exploded"))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Runs
+# Run folders
 
 
-@pytest.mark.parametrize("script", ["eval", "reflect_rl"])
-def test_missing_run(script, refused, tmp_path):
-    assert "nowhere" in refused(
-        SCRIPTS[script], "--env", "corridor:Corridor", "--runs", tmp_path, "--run", tmp_path / "nowhere"
-    )
+@pytest.fixture(scope="module")
+def stopped(sft_runs, bases, tmp_path_factory):
+    """A runs folder with an RL run that was killed in its third update of four."""
+    folder, calls, real = tmp_path_factory.mktemp("stopped") / "runs", [], rl.give_advantages
+    shutil.copytree(sft_runs, folder)
+
+    def dying(*rest):
+        calls.append(None)
+        if len(calls) == 3:
+            raise Killed
+        return real(*rest)
+
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
+        monkeypatch.setattr(rl, "give_advantages", dying)
+        run_script(rl, *tiny_rl_options(bases["gpt2"], folder), monkeypatch=monkeypatch)
+    gc.collect()
+    return folder
 
 
-def test_no_run_yet_says_how_to_make_one(refused, tmp_path):
-    assert "rl.py" in refused(reflect_rl, "--env", "corridor:Corridor", "--runs", tmp_path)
+@pytest.fixture
+def run(stopped, tmp_path):
+    """A copy of that run, to be damaged."""
+    return shutil.copytree(stopped, tmp_path / "runs") / "corridor-rl-s0"
 
 
-@pytest.mark.parametrize("script", ["eval", "reflect_rl"])
-@pytest.mark.parametrize("damage", ["half a config", "no adapters", "half the weights", "half an adapter config"])
-def test_half_written_run(script, damage, refused, runs, bases):
-    """Catches a traceback, a table without the run, and repairs that destroy what is left."""
-    run = runs / "corridor-sft-s0"
-    if damage == "half a config":
-        (run / "config.json").write_text((run / "config.json").read_text()[:40])
-    elif damage == "no adapters":
-        for name in ("reflect", "policy", "plain"):
-            shutil.rmtree(run / name)
+def resume(run, bases):
+    return [*tiny_rl_options(bases["gpt2"], run.parent), "--resume"]
+
+
+CONFIGS = ["missing", "half", "", "[]", "3", '{"model_type": "gpt2"}', "[" * 100_000, "\udcff", {"env": 3},
+           {"base": None}, {"max_reflection": "9"}, {"env_option": [1]}, {"env_option": "x"}]
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=range(len(CONFIGS)))
+def test_a_config_that_is_none(kind, refused, run, bases, capsys, monkeypatch):
+    """Catches a traceback, a restart over the log of a run whose config was deleted, and one bad folder that hides
+    the others."""
+    shutil.copytree(sft_folder(run.parent) / "policy", run / "policy")
+    path = run / "config.json"
+    if kind == "missing":
+        path.unlink()
+    elif kind == "half":
+        halve(path)
+    elif isinstance(kind, dict):
+        change_config(run, **kind)
     else:
-        for path in run.glob("*/adapter_model.safetensors" if "weights" in damage else "*/adapter_config.json"):
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        path.write_text(kind, encoding="utf-8", errors="surrogateescape")
     before = contents(run)
-    line = refused(SCRIPTS[script], "--env", "corridor:Corridor", "--base", bases["gpt2"], "--runs", runs, "--run", run)
-    assert "corridor-sft-s0" in line
+    assert str(run) in refused(rl, *resume(run, bases))
+    where = ["--env", "corridor:Corridor", "--runs", run.parent, "--device", "cpu"]
+    for script in (evaluation, reflect_rl):
+        assert f"{run} is no run" in refused(script, *where, "--run", run)
+    assert contents(run) == before
+    run_script(reflect_rl, *where, monkeypatch=monkeypatch)  # plays the other one
+    out = capsys.readouterr().out
+    assert "after" in out.splitlines()[-1] and (f"note: {run}" in out or kind == "missing")
+
+
+@pytest.mark.parametrize("kind", ["half", "text", "pickle", "bomb", "list", "no step", "other shapes", "too few"])
+def test_a_checkpoint_that_is_none(kind, refused, run, bases, tmp_path):
+    """Catches a traceback, a run that begins anew over what is left, a pickle that runs a command."""
+    path = run / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    parameters = state["parameters"]
+    if kind == "half":
+        halve(path)
+    elif kind in ("text", "pickle"):
+        path.write_bytes(b"mine" if kind == "text" else pickle.dumps(Bomb(tmp_path), 2))
+    else:
+        other = {"list": [1], "bomb": state | {"more": Bomb(tmp_path)}, "no step": {**state}}
+        del other["no step"]["step"]
+        other["too few"] = state | {"parameters": parameters[1:]}
+        other["other shapes"] = state | {"parameters": [p[:, :3] for p in parameters]}
+        torch.save(other[kind], path)
+    before = contents(run)
+    assert f"{path} cannot be read" in refused(rl, *resume(run, bases))
+    assert contents(run) == before and not (tmp_path / "exploded").exists()
+
+
+def test_a_damaged_log_is_no_hindrance(run, bases, monkeypatch):
+    """Catches a resume that dies of half a line, or keeps what is no line of its log."""
+    whole = shutil.copytree(run.parent, run.parent.parent / "whole") / run.name
+    with (run / "log.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n[1]\n{"step": "x"}\n3\n\n' + b"[" * 100_000 + b'\n{"step": 99}\n{"step": 2, "succ')
+    for folder in (run, whole):
+        run_script(rl, *resume(folder, bases), monkeypatch=monkeypatch)
+    assert read_log(run) == read_log(whole) and len(read_log(run)) == 4
+
+
+@pytest.mark.parametrize("name", ["checkpoint.tmp", "log.jsonl.tmp", "policy/adapter_model.safetensors.tmp", ".lock"])
+def test_a_full_disk_is_one_line(name, refused, run, bases, monkeypatch):
+    """Also a directory in place of a file. Catches a traceback of torch, and a write that damages what was there.
+    Afterwards the run goes on."""
+    (run / "policy").mkdir()
+    if name == ".lock":
+        (run / name).unlink()
+        (run / name).mkdir()
+    else:
+        (run / name).symlink_to("/dev/full")
+    before = (run / "checkpoint.pt").read_bytes()
+    line = refused(rl, *resume(run, bases))
+    assert "No space left" in line or "checkpoint.tmp" in line or "Is a directory" in line
+    assert (run / "checkpoint.pt").read_bytes() == before or "adapter" in name
+    (run / name).rmdir() if name == ".lock" else (run / name).unlink()
+    run_script(rl, *resume(run, bases), monkeypatch=monkeypatch)
+    assert len(read_log(run)) == 4 and (run / "policy" / "adapter_config.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights without bound
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_weights_without_bound_are_not_saved(value, run):
+    """Catches a checkpoint with which every resume fails in the same way."""
+    before, this = contents(run), object.__new__(reflect_rl.Run)
+    this.folder, parameter = run, torch.nn.Parameter(torch.tensor([1.0, value]))
+    with pytest.raises(envs.UserError, match="update 3: .*; the checkpoint before it is kept"):
+        this.save(3, [parameter], torch.optim.AdamW([parameter]))
     assert contents(run) == before
 
 
-def test_a_broken_run_does_not_hide_the_others(runs, bases, capsys, monkeypatch):
-    """Catches a table of all runs that dies of one that was stopped before its first checkpoint."""
-    (runs / "corridor-rl-s7").mkdir()
-    (runs / "corridor-rl-s7" / "config.json").write_text(json.dumps({"updates": 3, "base": str(bases["gpt2"])}))
-    run_script(
-        evaluation,
-        "--env",
-        "corridor:Corridor",
-        "--base",
-        bases["gpt2"],
-        "--runs",
-        runs,
-        "--repeats",
-        1,
-        "--bf16",
-        "off",
-        monkeypatch=monkeypatch,
-    )
-    assert "corridor-sft-s0 with reflection" in capsys.readouterr().out
+@pytest.mark.parametrize("rate", ["--lr 1e30", "--lr inf", "--rl-lr 1e30", "--rl-lr inf"])
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_rate_too_large_is_one_line(rate, every, refused, runs, bases):
+    """Catches a ValueError in the middle of the play that follows, and a run that cannot be resumed."""
+    before = contents(runs)
+    line = refused(rl, *tiny_rl_options(bases["gpt2"], runs), "--eval-every", every, *rate.split())
+    assert "update 1: the weights grow without bound" in line or "the model's outputs are not finite" in line
+    assert not [path for path in runs.rglob("checkpoint.pt") if path not in before]
 
 
-def test_task_out_of_range(refused, runs, bases):
-    line = refused(
-        reflect_rl,
-        "--env",
-        "corridor:Corridor",
-        "--base",
-        bases["gpt2"],
-        "--run",
-        runs / "corridor-sft-s0",
-        "--task",
-        99,
-    )
-    assert "99" in line and "5 tasks" in line
-
-
-def test_plot_without_matplotlib_names_the_install(refused, tmp_path, monkeypatch):
-    """Catches an ImportError where an optional extra is missing."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in refused(evaluation, "--runs", tmp_path, "--plot", tmp_path / "x.png")
-
-
-def test_interrupt_ends_with_130(capsys):
-    def main():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as end:
-        envs.run_main(main)
-    assert end.value.code == 130 and "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("wrong", "named"), [(("--base", "./nosuch"), "nosuch"), (("--env-option", "colour=red"), "colour")]
-)
-def test_a_typo_leaves_nothing_behind(wrong, named, refused, tmp_path, bases, monkeypatch):
-    """Catches a run folder that remembers the misspelt option and refuses the right one."""
-    options = tiny_rl_options(bases["gpt2"], tmp_path / "runs")
-    assert named in refused(rl, *options, *wrong)
-    run_script(rl, *options, monkeypatch=monkeypatch)
-
-
-def test_an_unknown_split_is_noticed_before_the_training(refused, tmp_path, bases):
-    options = tiny_rl_options(bases["gpt2"], tmp_path / "runs")
-    assert "tset" in refused(rl, "--env", "taxi", *options[2:], "--split", "tset")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_an_environment_without_tasks(refused, tmp_path, bases, monkeypatch):
-    """Catches an IndexError where a split is empty."""
-    monkeypatch.setattr(Corridor, "tasks", lambda self, split: ["x"] if split == "test" else [])
-    assert "no tasks in its train split" in refused(rl, *tiny_rl_options(bases["gpt2"], tmp_path / "runs"))
-
-
-def test_a_mistake_in_an_environments_constructor_is_shown():
-    """Catches a TypeError of the environment's own code that is taken for a wrong option."""
-    with pytest.raises(TypeError, match="NoneType"):
-        envs.make("test_bad_input:Broken")
-
-
-class Broken(Corridor):
-    def __init__(self):
-        super().__init__()
-        self.length = None + 1
-
-
-def test_plot_of_nothing(refused, tmp_path):
-    pytest.importorskip("matplotlib")
-    assert "no run" in refused(evaluation, "--runs", tmp_path, "--plot", tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()
-
-
-def test_a_user_error_of_an_own_environment_is_one_line(tmp_path):
-    """Catches `python envs.py` being a second copy of the module, whose `UserError` is another class."""
-    (tmp_path / "mine.py").write_text(
-        "import envs\nclass Mine(envs.Env):\n    def tasks(self, split):\n        raise envs.UserError('not mine')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, envs.__file__, "--env", "mine:Mine"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr == "error: not mine\n"
+@pytest.mark.parametrize("name", ["reflect", "policy"])
+def test_players_that_are_not_finite_do_not_play(name, refused, runs, bases):
+    """Catches a NaN reflector, which would write something."""
+    path = sft_folder(runs) / name / "adapter_model.safetensors"
+    save_file({key: tensor * torch.nan for key, tensor in load_file(path).items()}, path)
+    before = contents(runs)
+    for script in (evaluation, reflect_rl):
+        where = ["--env", "corridor:Corridor", "--runs", runs, "--device", "cpu", "--run", sft_folder(runs)]
+        assert "not finite" in refused(script, *where)
+    assert "not finite" in refused(rl, *tiny_rl_options(bases["gpt2"], runs))
+    assert before.items() <= contents(runs).items()

@@ -26,18 +26,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import (
-    ROOT,
-    Killed,
-    make_players,
-    read_log,
-    resolved,
-    run_script,
-    subprocess_of,
-    table_of,
-    tiny_rl_options,
+    ROOT, Killed, make_players, read_log, resolved, run_script, subprocess_of, table_of, tiny_rl_options,
 )
 from safetensors.torch import load_file
-from torch.distributions import Categorical
 
 import envs
 import eval as evaluation
@@ -120,32 +111,6 @@ def walk_options(base, runs, *more):
 # Returns and advantages
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
-def test_returns_to_go_equal_a_double_loop(gamma):
-    """Bugs: returns from the start, a discount applied once too often, a reversed list."""
-    rewards = [1.0, -2.0, 0.5, 0.0, 3.0]
-    for after in (0.0, 7.0):
-        expected = [sum(gamma ** (k - t) * rewards[k] for k in range(t, 5)) + gamma ** (5 - t) * after for t in range(5)]
-        assert rl.returns_to_go(rewards, gamma, after) == pytest.approx(expected)
-    assert rl.returns_to_go([1.0, 2.0], 0.5) == [2.0, 2.0], "nothing comes after, unless it is said"
-
-
-@pytest.mark.parametrize("after", [0.0, 0.7], ids=["terminated", "truncated"])
-@pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
-def test_gae_is_the_weighted_mean_of_n_step_advantages(after, lam):
-    """Equation 16's other form, by a double loop. Bug: the value after the last step left out, or taken for 0."""
-    rng, gamma, T = random.Random(0), 0.9, 6
-    rewards = [rng.gauss(0, 1) for _ in range(T)]
-    values = [*(rng.gauss(0, 1) for _ in range(T)), after]
-    for t in range(T):
-        expected, weight_left = 0.0, 1.0
-        for n in range(1, T - t + 1):  # the n-step advantage: n rewards, then the value where they end
-            seen = sum(gamma**k * rewards[t + k] for k in range(n)) + gamma**n * values[t + n] - values[t]
-            weight = weight_left if n == T - t else (1 - lam) * lam ** (n - 1)
-            expected, weight_left = expected + weight * seen, weight_left - weight
-        assert rl.gae(rewards, values[:T], after, gamma, lam)[t] == pytest.approx(expected, abs=1e-9)
-
-
 def time_baseline_by_hand(returns):
     found = []
     for i, row in enumerate(returns):
@@ -165,19 +130,6 @@ def test_the_time_baseline_is_the_mean_of_the_others():
     for returns in (rows, [[1.0, 2.0, 3.0], [3.0]], [[2.0, 1.0]]):
         assert sum(rl.time_baseline(returns), []) == pytest.approx(time_baseline_by_hand(returns))
     assert all(rl.time_baseline([[0.0] * 4, [3.0]])[0]), "the last steps are alone, and learn"
-
-
-def test_the_baseline_leaves_the_expected_gradient_alone():
-    """Bug: a baseline with the own return halves the gradient of two episodes. Here over all batches of two one-step
-    episodes, weighted by their probabilities, against the gradient of the expected reward."""
-    theta, reward = torch.tensor([0.0, math.log(3)], requires_grad=True), [2.0, -1.0]
-    p, expected = theta.softmax(0).tolist(), torch.zeros(2)
-    for actions in itertools.product(range(2), repeat=2):
-        advantage = torch.tensor(rl.time_baseline([[reward[i]] for i in actions])).flatten()
-        loss = rl.policy_gradient_loss(theta.log_softmax(0)[list(actions)], advantage)
-        expected += p[actions[0]] * p[actions[1]] * torch.autograd.grad(loss, theta)[0]
-    true = torch.autograd.grad(-(theta.softmax(0) * torch.tensor(reward)).sum(), theta)[0]
-    torch.testing.assert_close(expected, true, atol=1e-6, rtol=1e-5)
 
 
 def test_group_advantages_equal_their_formulas():
@@ -268,7 +220,8 @@ def test_ppos_advantages_and_targets(walks, learner, monkeypatch):
         [last] = this.players.steps([episode.state], [episode.actions])
         V.append(0.0 if episode.terminated else len(last.prompt) / 100)
         delta = [step.reward + 0.97 * V[t + 1] - V[t] for t, step in enumerate(episode.steps)]
-        advantages += [sum((0.97 * 0.95) ** (k - t) * delta[k] for k in range(t, len(delta))) for t in range(len(delta))]
+        n, decay = len(delta), 0.97 * 0.95
+        advantages += [sum(decay ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
         values += V[:-1]
     figures, steps = rl.give_advantages(walks, this.args, this.players, None), all_steps(walks)
     targets = [A + V for A, V in zip(advantages, values, strict=True)]
@@ -281,46 +234,6 @@ def test_ppos_advantages_and_targets(walks, learner, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------
 # Losses
-
-
-def random_rows(*shape):
-    """Logits of four steps with 1, 2, 4 and 6 valid actions, the rest -inf."""
-    torch.manual_seed(0)
-    invalid = torch.arange(6) >= torch.tensor([1, 2, 4, 6])[:, None]
-    return [torch.randn(4, 6, dtype=torch.float64).masked_fill(invalid, -torch.inf) for _ in range(2)]
-
-
-def test_entropy_and_kl_are_torchs_on_the_valid_actions():
-    """Bugs: 0 * -inf = NaN in the value or the gradient, invalid actions counted, KL(q || p) for KL(p || q)."""
-    logits, other = random_rows()
-    for row, n in enumerate((1, 2, 4, 6)):
-        p, q = Categorical(logits=logits[row, :n]), Categorical(logits=other[row, :n])
-        log_probs, reference = logits[[row]].log_softmax(-1), other[[row]].log_softmax(-1)
-        torch.testing.assert_close(rl.entropy(log_probs)[0], p.entropy())
-        expected = torch.distributions.kl_divergence(p, q)
-        torch.testing.assert_close(rl.kl_divergence(log_probs, reference)[0], expected)
-    for loss in (rl.entropy, lambda x: rl.kl_divergence(x, other.log_softmax(-1))):
-        free = logits.clone().requires_grad_()
-        loss(free.log_softmax(-1)).sum().backward()
-        assert free.grad.isfinite().all() and not free.grad[logits == -torch.inf].any()
-        masked = torch.where(logits == -torch.inf, logits, 0.0)  # finite differences move the valid ones only
-        assert torch.autograd.gradcheck(lambda x, loss=loss, m=masked: loss((x + m).log_softmax(-1)), free.nan_to_num(
-            neginf=0.0).detach().requires_grad_())
-
-
-def test_losses_have_the_gradients_of_their_definitions():
-    """Finite differences. Bugs: a wrong sign or mean; at ratio 1 the surrogate's gradient is not REINFORCE's."""
-    torch.manual_seed(0)
-    log_prob, advantage = -torch.rand(64, dtype=torch.float64) * 3, torch.randn(64, dtype=torch.float64)
-    old = log_prob + torch.randn(64, dtype=torch.float64) * 0.3
-    x = log_prob.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: rl.policy_gradient_loss(x, advantage), x)
-    assert torch.autograd.gradcheck(lambda x: rl.clipped_loss(x, old, advantage), x)
-    reinforce = torch.autograd.grad(rl.policy_gradient_loss(x, advantage), x)[0]
-    torch.testing.assert_close(reinforce, -advantage / 64)
-    loss = rl.clipped_loss(x, log_prob, advantage)
-    assert loss.item() == pytest.approx(-advantage.mean().item())
-    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], reinforce)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.19, 1.21, 2.0])
@@ -413,17 +326,6 @@ def test_update_is_the_gradient_of_the_whole_batch(algo, clip_norm, walks, learn
         assert len(gradients) == (2 if algo == "ppo" else 1) == len(recorder.gradients[0])
         for found, gradient in zip(recorder.gradients[0], gradients, strict=True):
             torch.testing.assert_close(found, gradient * min(1.0, clip_norm / gradient.norm()), atol=2e-6, rtol=1e-3)
-
-
-def test_the_first_ratio_is_one(walks, learner):
-    """Rollout and update score a prompt with other batch mates and other padding. Bug: left padding that shows."""
-    players, steps = learner("--algo", "ppo").players, all_steps(walks)
-    assert len({len(step.ids) for step in steps}) > 3, "all prompts are equally long: padding is not tested"
-    for start in range(0, len(steps), 7):
-        part = steps[start : start + 7]
-        now = players.log_probs(players.forward(part), part)
-        for step, row in zip(part, now.tolist(), strict=True):
-            assert row[step.action] == pytest.approx(step.log_prob, abs=1e-5)
 
 
 def test_minibatches_cover_every_step_once_an_epoch(walks, learner, monkeypatch):
@@ -550,18 +452,17 @@ def test_replayed_steps_weigh_at_most_one(algo, walks, learner):
     this = learner("--algo", algo, "--replay", 4)
     buffer, before, weights = deque(), {}, set()
     for episode in walks:
-        if episode.success:
-            before[tuple(step.state for step in episode.steps)] = [step.log_prob for step in episode.steps]
-            for step in episode.steps:  # as if mu had thought otherwise, in turn more and less of it
-                shift = 0.4 * (-1) ** (len(step.state) + step.action)
-                step.log_probs = [log_prob + shift for log_prob in step.log_probs]
-            buffer.append(dataclasses.asdict(episode))
+        before[tuple((step.state, step.action) for step in episode.steps)] = [step.log_prob for step in episode.steps]
+        for step in episode.steps:  # as if mu had thought otherwise, in turn more and less of it
+            shift = 0.4 * (-1) ** (len(step.state) + step.action)
+            step.log_probs = [log_prob + shift for log_prob in step.log_probs]
+        buffer.append(dataclasses.asdict(episode))
     kept = copy.deepcopy(buffer)
     episodes = rl.replayed(buffer, this.players, this.args, 0)
     assert len(episodes) == 4 < len(buffer) and buffer == kept
     for episode in episodes:
         pi = [step.log_prob for step in episode.steps]
-        assert pi == pytest.approx(before[tuple(step.state for step in episode.steps)], abs=1e-5)
+        assert pi == pytest.approx(before[tuple((step.state, step.action) for step in episode.steps)], abs=1e-5)
         expected = [min(1.0, math.exp(-0.4 * (-1) ** (len(step.state) + step.action))) for step in episode.steps]
         assert [step.weight for step in episode.steps] == pytest.approx(expected, abs=1e-4)
         weights.update(expected)
@@ -656,8 +557,8 @@ def test_what_a_run_leaves(options, trained, capsys, monkeypatch):
     contents = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="exists already: go on with --resume, or give another --name"):
         trained(more)
-    with pytest.raises(UserError, match=r"other settings: seed 0, now 1, updates 6, now 7"):
-        trained([*more, "--resume", "--updates", 7, "--seed", 1, "--name", run.name])
+    with pytest.raises(UserError, match="other settings: updates 6, now 7, episodes 8, now 16"):
+        trained([*more, "--resume", "--updates", 7, "--episodes", 16])
     trained([*more, "--resume", "--micro-batch", 8])
     assert contents == {path: path.read_bytes() for path in contents}
 
@@ -669,7 +570,8 @@ def test_names_of_runs(options, trained, capsys, monkeypatch):
     assert run.name == "walk-rl-no-reflection-no-curriculum-s0" in table_of(capsys.readouterr().out)
     assert [line["stage"] for line in read_log(run)] == ["all"] and not (run / "reflect").exists()
     assert not torch.load(run / "checkpoint.pt", weights_only=True)["more"]["reflections"]
-    assert rl.run_name(rl_args("--no-negatives", "--algo", "ppo", "--replay", 2)) == "taxi-rl-ppo-no-negatives-replay-s0"
+    args = rl_args("--no-negatives", "--algo", "ppo", "--replay", 2)
+    assert rl.run_name(args) == "taxi-rl-ppo-no-negatives-replay-s0"
     assert rl.run_name(rl_args("--seed", 3, "--env", "alfworld", "--name", "mine")) == "mine"
     for name in ("../mine", "/tmp/mine", "a/b", "..", "."):
         with pytest.raises(UserError, match="must stay inside"):
@@ -679,15 +581,13 @@ def test_names_of_runs(options, trained, capsys, monkeypatch):
 def test_another_micro_batch_gives_the_same_run(options, trained, monkeypatch):
     """Bug: a forward pass that forgets the limit (PPO's last states, held-out records), or a result that depends."""
     rows, real = [], reflect_rl.Players.left_pad
-    monkeypatch.setattr(
-        reflect_rl.Players, "left_pad", lambda self, ids, room=0: rows.append(len(ids)) or real(self, ids, room)
-    )
+    monkeypatch.setattr(reflect_rl.Players, "left_pad", lambda *ids, **room: rows.append(ids[1]) or real(*ids, **room))
     more = ("--algo", "ppo", "--replay", 4, "--updates", 2)
     one = trained(options(*more, runs="one"))
-    assert max(rows) > 3
+    assert max(map(len, rows)) > 3
     rows.clear()
     other = trained(options(*more, "--micro-batch", 3, runs="other"))
-    assert max(rows) == 3
+    assert max(map(len, rows)) == 3
     assert_close_runs(one, other)
 
 
@@ -762,11 +662,12 @@ def kill_often(options, moments, trained, monkeypatch):
 
 @pytest.mark.parametrize("algo", ["reinforce", "rloo", "grpo --kl 0.1", "ppo --replay 3"])
 def test_a_resumed_run_equals_the_uninterrupted_one(algo, options, trained, monkeypatch):
-    """Six updates, a new stage after three, some kills at random. Bugs: Adam's moments, the critic, the buffer, the
-    memo, the stage or the tasks begin anew; a half-written file taken for whole; a log with lines twice."""
+    """Six updates, a new stage after three; kills at each moment of an update, then at random. Bugs: Adam's moments,
+    the critic, the buffer, the memo, the stage or the tasks begin anew; a half-written file taken for whole; a log with
+    lines twice."""
     rng, more = random.Random(algo), ["--algo", *algo.split()]
     whole = trained(options(*more, runs="whole"))
-    moments = [rng.randrange(1, 25) for _ in range(5)]
+    moments = [9, *range(1, 8), *(rng.randrange(8, 25) for _ in range(2))]
     assert_equal_runs(whole, kill_often(options(*more, runs="cut"), moments, trained, monkeypatch))
     steps = [json.loads(line)["step"] for line in (whole.parent.parent / "cut" / whole.name / "log.jsonl").open()]
     assert steps == [0, 1, 2, 3, 4, 5, 6]
@@ -781,7 +682,7 @@ def test_the_whole_pipeline_resumes(bases, tmp_path, trained, monkeypatch):
     kill_often(cut, moments, trained, monkeypatch)
     for path in (tmp_path / "whole").glob("**/checkpoint.pt"):
         assert_equal_runs(path.parent, tmp_path / "cut" / path.parent.relative_to(tmp_path / "whole"))
-    assert len(list((tmp_path / "cut").glob("**/checkpoint.pt"))) == 4
+    assert len(list((tmp_path / "cut").glob("**/checkpoint.pt"))) == 3
 
 
 def test_an_other_process_leaves_the_log_alone(options, trained, monkeypatch):
@@ -838,7 +739,7 @@ def rendezvous(world):
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-def run_together(options, folder, world=2, codes=(0, 0)):
+def run_together(options, folder, world=2):
     """A run of `world` processes to its end; what each printed."""
     outputs = [folder / f"out{rank}" for rank in range(world)]
     processes = []
@@ -920,7 +821,7 @@ def test_python_rl_runs_the_whole_pipeline(bases, tmp_path):
     more = ["--updates", 3, "--episodes", 4, "--eval-every", 0, "--repeats", 1, "--base", bases["gpt2"]]
     out, _ = subprocess_of("rl.py", "--runs", tmp_path, *size, *more)
     rows = table_of(out)
-    assert [name.partition(" ")[0][:11] for name in rows] == ["random", "expert", "taxi-sft-s0", "taxi-sft-s0", "taxi-rl-s0"]
+    assert [name[:11].strip() for name in rows] == ["random", "expert", "taxi-sft-s0", "taxi-rl-s0"]
     assert rows["expert"][0] == "100.0%" and float(rows["random"][0].rstrip("%")) < 20
     assert [line["stage"] for line in read_log(tmp_path / "taxi-rl-s0")] == ["pickup", "dropoff", "full"]
 
