@@ -450,6 +450,10 @@ class Players:
             texts[row] = texts[row][: texts[row].rfind(".") + 1] or texts[row]
         return texts
 
+    def cache_hits(self):
+        """The share of states whose reflection was known, since `counts` was cleared."""
+        return self.counts["hits"] / max(1, self.counts["hits"] + self.counts["misses"])
+
     # Player 2
 
     def steps(self, states, menus, reflections=None):

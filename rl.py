@@ -339,9 +339,8 @@ def train(args, sft_adapters):
     players.reflections.update(saved.get("reflections", {}))
     buffer = collections.deque(saved.get("buffer", []), maxlen=REPLAY_BUFFER)  # successes, as dicts
 
-    env = make_env()
-    stages, tasks = curriculum.stages_of(env, args.curriculum), env.tasks("train")
-    plan = curriculum.schedule(stages, args.updates)
+    plan = curriculum.schedule(curriculum.stages_of(make_env(), args.curriculum), args.updates)
+    tasks = make_env().tasks("train")
     bar = tqdm(total=args.updates, initial=done, desc="rl", unit="update", disable=True if rank() else None)
     if args.eval_every and not done:
         report(run, {"step": 0, "episodes": 0} | validate(players, make_env, args), [], bar)
@@ -358,11 +357,8 @@ def train(args, sft_adapters):
         figures |= evaluation.summary(episodes)
         figures |= give_advantages(batch, args, players, critic)
         figures |= update(steps_of(batch), players, critic, optimizer, args, number)
-        if args.replay:
-            buffer.extend(dataclasses.asdict(episode) for episode in episodes if episode.success)
-        counts = players.counts  # of reflections, those that this process needed
-        figures["cache_hits"] = counts["hits"] / max(1, counts["hits"] + counts["misses"])
-        figures["cut_reflections"] = counts["cuts"]
+        buffer.extend(dataclasses.asdict(episode) for episode in episodes if args.replay and episode.success)
+        figures |= {"cut_reflections": players.counts["cuts"], "cache_hits": players.cache_hits()}
         figures["episodes_per_s"] = len(episodes) / (time.perf_counter() - began)
         last = number + 1 == args.updates
         if last or (args.eval_every and (number + 1) % args.eval_every == 0):
