@@ -40,10 +40,11 @@ CURRICULA = {
 }
 
 
-def stages_of(env, on=True):
+def stages_of(env, on=True, given=()):
     """The stages of an environment; one, the task itself, where it has no curriculum or `on` is false.
 
-    Every stage has the environment's own training options (augmentation) beside its own.
+    Every stage has the environment's own training options (augmentation) beside its own. The command line wins: what
+    is `given` to the environment's constructor, such as `mode`, no stage changes.
     """
     stages = (Stage("all", 1.0),)
     if on and env.curriculum:
@@ -51,7 +52,13 @@ def stages_of(env, on=True):
     elif on:
         for cls, its_stages in CURRICULA.items():
             stages = its_stages if isinstance(env, cls) else stages
-    return [dataclasses.replace(stage, options={**env.training, **stage.options}) for stage in stages]
+    resolved = []
+    for stage in stages:
+        options = {**env.training, **stage.options}
+        for name in given:
+            options.pop(name, None)
+        resolved.append(dataclasses.replace(stage, options=options))
+    return resolved
 
 
 def schedule(stages, updates):
@@ -74,7 +81,7 @@ def main():
     add_options(parser, COMMON, {"updates": (100, "updates of the run", 1)})
     args = parse_args(parser)
     first = 1
-    stages = stages_of(env_factory(args)())
+    stages = stages_of(env_factory(args)(), given=dict(args.env_option))
     plan = schedule(stages, args.updates)
     for stage in stages:
         count = plan.count(stage)

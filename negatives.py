@@ -286,7 +286,7 @@ def perturbation(env, options, history, seed, rng):
     for action in candidates:
         _, _, over = replay(env, options, seed, [*history, action])
         left = None if over else expert_steps(env)
-        if left is not None and left >= here:  # still winnable, and no nearer
+        if left is not None and (here is None or left >= here):  # still winnable, and no nearer
             found = action
             break
     replay(env, options, seed, history)

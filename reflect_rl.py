@@ -116,8 +116,10 @@ class Labels:
         short = sorted(filter(str.isalpha, tokenizer.get_vocab()), key=lambda word: (len(word), word))
         for label in [*LABELS, *filter(str.isascii, short)]:  # letters, digits, then short words
             token = self.one_token(label)
-            if token is not None and len(self.letters) < MOST_LABELS:
+            if token is not None:
                 self.letters.setdefault(token, label)
+            if len(self.letters) == MOST_LABELS:
+                break
 
     def one_token(self, text):
         """The id of the single token by which `text` continues the end of a prompt, or None.
@@ -131,6 +133,8 @@ class Labels:
         return self.named(actions)
 
     def name(self, actions):
+        if not actions:
+            raise UserError("the environment gave a state without any action")
         chosen = self.words(actions) if self.kind == "words" else {}  # index -> (token id, label)
         free = dict(self.letters)
         for token, _ in chosen.values():
@@ -283,7 +287,9 @@ def save_adapter(model, name, folder):
 
 
 # PEFT's fields that change what an adapter computes; plain LoRA has none of them
-REFUSED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
+REFUSED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
+           "alora_invocation_tokens")
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # values of init_lora_weights
 
 
 def load_adapter(model, name, folder):
@@ -300,6 +306,8 @@ def load_adapter(model, name, folder):
     for field in REFUSED:
         if config.get(field):
             raise UserError(f"{folder}: only plain LoRA is supported, not {field}")
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGE_THE_BASE):
+        raise UserError(f"{folder}: init_lora_weights {config['init_lora_weights']} has changed the base, too")
     if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
         raise UserError(f"{folder} has weights that are not finite")
     add_adapter(model, name, r, alpha, {key.split(".lora_")[0].rpartition(".")[2] for key in saved})
@@ -381,7 +389,7 @@ class Players:
         self.labels = Labels(tokenizer, labels)
         self.reflection, self.max_reflection = reflection, max_reflection
         self.bf16, self.micro_batch = bf16, micro_batch
-        self.context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         # The reflector is frozen and greedy: its reflection of a state is written once.
         self.reflections = {}
         self.counts = collections.Counter(hits=0, misses=0, cuts=0)  # of reflections: known, written, cut off
@@ -678,7 +686,9 @@ def parse_args(parser):
     parser.allow_abbrev = False  # `--update 5` is a typo, not `--updates 5`
     parser.set_defaults(**envs.env_class(parser.parse_args().env).settings)
     args = parser.parse_args()
-    if args.repos:  # absolute, so that a run finds it from another folder
+    if os.path.isdir(args.base):  # absolute, so that a run finds it from another folder
+        args.base = os.path.abspath(args.base)
+    if args.repos:
         args.env_option = [*args.env_option, ("repos", os.path.abspath(args.repos))]
     if vars(args).get("no_negatives"):
         args.negatives = 0.0
@@ -889,6 +899,8 @@ def adapters_of(folder):
     for name in ("reflect", "policy"):
         if (Path(folder) / name / "adapter_config.json").is_file():
             found[name] = Path(folder) / name
+    if "reflect" not in found and "updates" not in read_config(folder):  # an SFT run: its policy reads reflections
+        raise UserError(f"{folder} holds no reflector yet: python sft.py without --stage trains both players")
     if "policy" not in found:
         raise UserError(f"{folder} holds no policy yet: it was stopped before it was saved")
     return found
@@ -903,6 +915,8 @@ def as_trained(args, folder):
     config = read_config(folder)
     if config["env"] != args.env and config["env"] not in envs.ENVS:
         raise UserError(f"{folder} plays {config['env']}: say so with --env, its module is not imported unasked")
+    if "games" in dict(config["env_option"]) and "games" not in dict(args.env_option):  # TextWorld evaluates their text
+        raise UserError(f"{folder} played real games: say which with --env-option games=PATH")
     kept = {key: config[key] for key in ("env", "base", "labels", "max_reflection")}
     options = [*map(tuple, config["env_option"]), *args.env_option]
     return argparse.Namespace(**{**vars(args), **kept, "env_option": options})

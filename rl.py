@@ -339,7 +339,8 @@ def train(args, sft_adapters):
     players.reflections.update(saved.get("reflections", {}))
     buffer = collections.deque(saved.get("buffer", []), maxlen=REPLAY_BUFFER)  # successes, as dicts
 
-    plan = curriculum.schedule(curriculum.stages_of(make_env(), args.curriculum), args.updates)
+    stages = curriculum.stages_of(make_env(), args.curriculum, given=dict(args.env_option))
+    plan = curriculum.schedule(stages, args.updates)
     tasks = make_env().tasks("train")
     bar = tqdm(total=args.updates, initial=done, desc="rl", unit="update", disable=True if rank() else None)
     if args.eval_every and not done:
@@ -464,7 +465,9 @@ def resolve(args):
     vars(args).update(ALGORITHMS[args.algo])
     for name, (default, *_) in sft.OWN_OPTIONS.items():  # options of `sft.py` alone
         setattr(args, name, vars(args).get(name, default))
-    run_name(args)  # a wrong --name is refused now, and not after SFT
+    # A wrong --name or a run that exists is refused now, and not after SFT.
+    if (Path(args.runs) / run_name(args) / "config.json").exists() and not args.resume:
+        raise UserError(f"{args.runs}/{run_name(args)} exists already: go on with --resume, or give another --name")
     if args.episodes % args.group:
         raise UserError(f"--episodes {args.episodes} cannot be divided into {args.algo}'s groups of {args.group}")
     if args.algo == "reinforce" and args.episodes < 2:

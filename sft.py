@@ -88,10 +88,13 @@ def reflect_examples(records, tokenizer):
     return pairs
 
 
-def check_lengths(pairs, stage, players):
+def check_lengths(pairs, records, stage, players):
     """A `UserError` where an example, or a reflection as long as it may be, does not fit the model's context."""
-    room = players.max_reflection if stage == "reflect" else 1
-    longest = max(len(prompt) + max(room, len(completion)) for prompt, completion in pairs)
+    written = encode_all(players.tokenizer, [record.reflection for record in records])  # by the teacher
+    longest = 0
+    for (prompt, completion), reflection in zip(pairs, written, strict=True):
+        more = max(0, players.max_reflection - len(reflection)) if stage != "plain" else 0
+        longest = max(longest, len(prompt) + len(completion) + more)
     if longest > players.context:
         raise UserError(
             f"stage {stage}: a text of {longest} tokens (with --max-reflection {players.max_reflection}) exceeds the "
@@ -225,8 +228,10 @@ def sft_args(args):
 
 def folder_of(args):
     """Where the adapters of these settings live: `runs/taxi-sft-s0-3f9c12`; other settings have another folder."""
-    settings = json.dumps(settings_of(sft_args(args)), sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
+    settings = json.dumps(settings_of(sft_args(args)), sort_keys=True).encode()
+    if args.data:  # other records under the same name are other settings
+        settings += Path(args.data).read_bytes()
+    digest = hashlib.sha256(settings).hexdigest()[:6]
     return Path(args.runs) / f"{short_name(args.env)}-sft-s{args.seed}-{digest}"
 
 
@@ -256,7 +261,8 @@ def run(args, stages):
     for stage in todo:
         pairs[stage] = examples_of(data["train"], stage, players)
         # Of all stages, before the first is trained; also what will be looked at later.
-        check_lengths(pairs[stage] + examples_of(sample, stage, players), stage, players)
+        check_lengths(pairs[stage], data["train"], stage, players)
+        check_lengths(examples_of(sample, stage, players), sample, stage, players)
     for stage in todo:
         torch.manual_seed(args.seed)
         add_adapter(model, stage, args.rank, args.alpha)

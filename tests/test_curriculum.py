@@ -40,6 +40,8 @@ def test_taxi_goes_from_easy_to_full():
         env.reset(options={**stage.options, "task": envs.taxi_encode(0, 0, 0, 3)})
         assert env.mode == stage.options["mode"] == mode
     assert env.step(4)[1] > 0, "the full stage pays a milestone at pickup"
+    given = curriculum.stages_of(env, given={"mode": "pickup"})
+    assert [stage.options for stage in given] == [{}, {}, {"milestone": 0.5}], "the command line wins"
     [stage] = curriculum.stages_of(env, on=False)
     assert stage.options == env.training == {} and stage.select([1, 2]) == [1, 2]
 
@@ -61,3 +63,10 @@ def test_an_environment_brings_its_curriculum(monkeypatch):
     assert [s.options for s in curriculum.stages_of(Corridor(), on=False)] == [{"noise": 1, "near": False}]
     monkeypatch.setattr(Corridor, "curriculum", ())
     assert [s.name for s in curriculum.stages_of(Corridor())] == ["all"]
+
+
+def test_the_command_line_wins_over_the_stages():
+    """Catches `--env-option mode=pickup` that SFT and evaluation follow and RL does not."""
+    stages = curriculum.stages_of(envs.DangerousTaxi(mode="pickup"), given={"mode": "pickup"})
+    assert all("mode" not in stage.options for stage in stages)
+    assert stages[-1].options == {"milestone": 0.5}, "what was not given stays the stage's"

@@ -28,13 +28,6 @@ def test_wilson_equals_published_values(successes, n, low, high):
     assert evaluation.wilson(successes, n) == pytest.approx((low, high), abs=6e-5)
 
 
-@pytest.mark.parametrize("successes, n", [(1, 7), (50, 90), (89, 90), (260, 270)])
-def test_wilson_bounds_are_where_the_score_test_turns(successes, n):
-    """The definition itself: at each bound p, |observed - p| is z standard errors of p."""
-    for p in evaluation.wilson(successes, n):
-        assert abs(successes / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n))
-
-
 def episode(rewards, terminated, success):
     found = Episode(0, None)
     found.steps = [Step("s", ("a",), log_probs=[0.0], action=0, reward=reward) for reward in rewards]
@@ -145,7 +138,11 @@ def test_table_of_all_runs(runs, bases, capsys, monkeypatch):
     shutil.rmtree(runs / "training" / "policy")
     (runs / "NaN" / "policy" / "adapter_model.safetensors").write_bytes(b"")
     capsys.readouterr()
+    loaded, load = [], evaluation.load_players
+    monkeypatch.setattr(evaluation, "load_players", lambda args, named: loaded.append(named) or load(args, named))
     run_script(evaluation, *eval_options(runs), monkeypatch=monkeypatch)
+    assert loaded[0] == {"policy": sft_folder(runs) / "plain"}, "the ablation plays without reflections"
+    assert loaded[1] == {name: sft_folder(runs) / name for name in ("reflect", "policy")}
     out, sft = capsys.readouterr().out, sft_folder(runs).name
     assert list(table_of(out)) == ["random", "expert", f"{sft} without reflection", f"{sft} with reflection", good.name]
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
@@ -169,6 +166,10 @@ def test_a_run_is_played_as_it_was_trained(runs, bases, capsys, monkeypatch):
     with pytest.raises(UserError, match="the test split has 5 tasks"):
         run_script(reflect_rl, *tiny_options(*options[1:2], runs)[:8], "--task", 5, monkeypatch=monkeypatch)
     shutil.rmtree(folder / "plain")
+    (folder / "reflect").rename(folder / "gone")
+    with pytest.raises(UserError, match="holds no reflector yet"):
+        run_script(evaluation, *eval_options(runs, "--run", folder), monkeypatch=monkeypatch)
+    (folder / "gone").rename(folder / "reflect")
     shutil.rmtree(folder / "policy")
     with pytest.raises(UserError, match="holds no policy yet"):
         run_script(evaluation, *eval_options(runs, "--run", folder), monkeypatch=monkeypatch)
@@ -186,6 +187,12 @@ def test_what_is_given_wins_over_the_run(tmp_path):
     assert dict(found.pop("env_option")) == {"mode": "full", "horizon": 9}
     assert found == {"env": "taxi", "base": "b", "labels": "words", "max_reflection": 7, "split": "test"}
     assert given.env_option == [("mode", "full")], "the next run would get this one's options"
+    games = {"env_option": [["games", "somewhere"]], "max_reflection": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config | games))
+    with pytest.raises(UserError, match="played real games: say which"):  # TextWorld evaluates their text
+        reflect_rl.as_trained(given, tmp_path)
+    given.env_option = [("games", "mine")]
+    assert dict(reflect_rl.as_trained(given, tmp_path).env_option) == {"games": "mine"}
 
 
 @pytest.mark.parametrize("module", [evaluation, reflect_rl])
@@ -233,3 +240,21 @@ def test_plot(tmp_path, bases, monkeypatch):
     assert {line.get_color() for line in seeds} == {mean.get_color()} != {axes.lines[(start + 3) % 5].get_color()}
     assert list(mean.get_xdata()) == [8, 24] and list(mean.get_ydata()) == pytest.approx([0.15, 0.15])
     assert sorted(list(line.get_xdata()) for line in seeds) == [[8, 24], [8, 24, 40]]
+
+
+def test_a_run_from_elsewhere_names_no_game_files(tmp_path):
+    """TextWorld evaluates what stands in a game file: it must come from the command line."""
+    config = {"env": "alfworld", "base": "nano", "labels": "words", "max_reflection": 9, "env_option": [["games", "g"]]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = argparse.Namespace(env="alfworld", env_option=[])
+    with pytest.raises(UserError, match="--env-option games=PATH"):
+        reflect_rl.as_trained(args, tmp_path)
+    assert reflect_rl.as_trained(argparse.Namespace(env="alfworld", env_option=[("games", "mine")]), tmp_path)
+
+
+def test_a_policy_that_reads_reflections_does_not_play_without(runs):
+    """Catches the row "with reflection" of an SFT run whose reflector is missing."""
+    folder = sft_folder(runs)
+    shutil.rmtree(folder / "reflect")
+    with pytest.raises(UserError, match="no reflector"):
+        reflect_rl.adapters_of(folder)

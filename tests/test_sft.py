@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from conftest import Killed, make_players, read_log, resolved, rows_of, run_script, scaled, sft_folder, tiny_options
 from corridor import Corridor
 from safetensors.torch import load_file
@@ -27,7 +28,8 @@ def some_records(n=4, **options):
 
 def players_for(tokenizer, **options):
     """Players that only tokenize."""
-    return reflect_rl.Players(types.SimpleNamespace(device="cpu", config=None), tokenizer, **options)
+    model = types.SimpleNamespace(device="cpu", config=transformers.PretrainedConfig())
+    return reflect_rl.Players(model, tokenizer, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -259,11 +261,11 @@ def test_finished_stages_are_left_alone(runs, bases, capsys, monkeypatch):
     assert "policy   update" not in capsys.readouterr().out, "its updates were all done"
 
 
-OTHER = ["--base b", "--seed 1", "--lr 1", "--batch 2", "--rank 2", "--no-negatives", "--data d.jsonl", "--env a:Own"]
+OTHER = ["--base b", "--seed 1", "--lr 1", "--batch 2", "--rank 2", "--no-negatives", "--env a:Own"]
 OTHER += ["--env b:Own", "--env-option mode=pickup", "--max-reflection 9", "--labels words"]
 
 
-def test_other_settings_have_another_folder(monkeypatch):
+def test_other_settings_have_another_folder(tmp_path, monkeypatch):
     """Catches SFT runs of other bases, data, environments or options that share adapters, and RL runs that do not."""
     monkeypatch.setattr(reflect_rl.envs, "env_class", lambda name: Corridor)
 
@@ -272,6 +274,9 @@ def test_other_settings_have_another_folder(monkeypatch):
         return sft.folder_of(args) if sft.OWN_OPTIONS in more else (rl.resolve(args), sft.folder_of(args))[1]
 
     folders = [folder(options, sft.OWN_OPTIONS) for options in ["", *OTHER]]
+    for text in ("one", "another"):
+        (tmp_path / "own.jsonl").write_text(text)
+        folders.append(folder(f"--data {tmp_path / 'own.jsonl'}", sft.OWN_OPTIONS))
     assert len(set(folders)) == len(folders) and all("-sft-s" in path.name for path in folders)
     for same in ("--micro-batch 3 --bf16 on", "--algo ppo --name x", "--no-reflection"):
         more = [sft.OWN_OPTIONS] if "micro" in same else [rl.OPTIONS]
@@ -288,9 +293,10 @@ def test_no_negatives_trains_on_none(bases, tmp_path, monkeypatch):
 
 LONG = "word " * 600
 TOO_LONG = [("reflect", 508, "x", "x", "x"), ("reflect", 8, "x", LONG, "x"), ("reflect", 8, LONG, "x", "x")]
+TOO_LONG += [("policy", 8, "x", "x", LONG), ("policy", 480, "x", "x", "x"), ("plain", 8, "x", "x", LONG)]
 
 
-@pytest.mark.parametrize("stage, limit, state, reflection, action", [*TOO_LONG, ("policy", 8, "x", "x", LONG)])
+@pytest.mark.parametrize("stage, limit, state, reflection, action", TOO_LONG)
 @pytest.mark.parametrize("trajectory", [0, 5])
 def test_lengths_are_checked_first(trajectory, stage, limit, state, reflection, action, bases, tmp_path, monkeypatch):
     """Catches a text that does not fit, of any stage, in the held-out records too, or together with --max-reflection,
@@ -302,6 +308,7 @@ def test_lengths_are_checked_first(trajectory, stage, limit, state, reflection, 
     negatives.write_records(records, tmp_path / "own.jsonl")
     monkeypatch.setattr(sft, "fit", None)
     options = [*tiny_options(bases["llama"], tmp_path), "--data", tmp_path / "own.jsonl", "--max-reflection", limit]
+    options += ["--stage", "plain"] if stage == "plain" else []
     with pytest.raises(UserError, match=f"stage {stage}: .* exceeds the model's context of 512"):
         run_script(sft, *options, monkeypatch=monkeypatch)
 
@@ -320,3 +327,13 @@ def test_a_second_run_waits_for_the_first(bases, runs, monkeypatch):
     first.lock.release()
     second.join()
     assert began.is_set()
+
+
+def test_mended_records_under_the_same_name_have_another_folder(tmp_path):
+    """Catches adapters of the old records that count as done after the file was mended."""
+    path = tmp_path / "records.jsonl"
+    tables, names = (sft.DATA_OPTIONS, sft.OPTIONS, sft.OWN_OPTIONS), set()
+    for content in ("old", "mended"):
+        path.write_text(content)
+        names.add(sft.folder_of(resolved("--data", path, "--device", "cpu", tables=tables)).name)
+    assert len(names) == 2
