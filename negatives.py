@@ -297,6 +297,7 @@ def trajectory(env, options, number, negative, seed):
     """One expert trajectory as `Record`s; None if the expert does not reach the goal.
 
     A negative one has a mistake at a random step, and about two more anywhere: also after a mistake, also at the goal.
+    A few of AutoExplore's have none: their steps were drawn where the answer had been read, and no mistake is possible.
     With a single one the reflector learned to call nothing a mistake, and hardly any state had read a wrong file and
     the right one, so that the policy could not tell them apart.
     """
@@ -305,7 +306,7 @@ def trajectory(env, options, number, negative, seed):
     length = expert_steps(env)  # first the expert alone: does it get there, and in how many steps?
     if length is None:
         return None
-    certain = rng.randrange(length) if negative else None  # one step that is surely perturbed
+    certain = rng.randrange(length) if negative else None  # a step that is perturbed if it has a mistake
     share = min(0.4, EXTRA_MISTAKES / length) if negative else 0.0  # of all steps
     history, records, mistake, over = [], [], False, False
     state, info = env.reset(seed=seed, options=options)

@@ -8,10 +8,11 @@ import types
 
 import pytest
 import torch
-import transformers
 from conftest import Killed, make_players, read_log, resolved, rows_of, run_script, scaled, sft_folder, tiny_options
 from corridor import Corridor
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, trainers
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 import negatives
 import reflect_rl
@@ -28,7 +29,7 @@ def some_records(n=4, **options):
 
 def players_for(tokenizer, **options):
     """Players that only tokenize."""
-    model = types.SimpleNamespace(device="cpu", config=transformers.PretrainedConfig())
+    model = types.SimpleNamespace(device="cpu", config=PretrainedConfig())
     return reflect_rl.Players(model, tokenizer, **options)
 
 
@@ -104,6 +105,21 @@ def test_training_ids_are_what_play_feeds(kind, tokenizer):
         assert reflect_rl.encode(tokenizer, text + record.reflection) == prompt + completion
         assert row[targets].tolist() == [*completion, tokenizer.eos_token_id]
         assert tokenizer.decode(completion).strip() == record.reflection
+
+
+def test_a_reflection_is_trained_as_it_is_generated():
+    """Catches a completion whose first token merged with the prompt's last one, which generation never sees, and a
+    special token in a teacher's text that ends it early."""
+    tokenizer = Tokenizer(models.BPE())  # without words: it merges across the line break
+    trainer = trainers.BpeTrainer(vocab_size=99, special_tokens=["<end>"], show_progress=False)
+    tokenizer.train_from_iterator(["S\n# Analyze:\nThe <end> is near.", "\nThe <end>"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    assert any("\nT" in token for token in tokenizer.get_vocab()), "this tokenizer does not merge"
+    record = negatives.Record(0, False, False, "S", "The <end> is near.", ("a",), 0)
+    [(prompt, completion)] = sft.examples_of([record], "reflect", players_for(tokenizer))
+    assert prompt == reflect_rl.encode(tokenizer, "S\n# Analyze:\n")
+    assert completion.index(tokenizer.eos_token_id) == len(completion) - 1
+    assert tokenizer.decode(completion[:-1]).replace(" ", "") == "The<end>isnear."
 
 
 def test_a_reflection_has_one_form(tmp_path, tokenizers):
