@@ -492,6 +492,7 @@ def trained(monkeypatch):
     def run(options):
         random.seed(time.time())  # no draw may depend on these
         torch.manual_seed(int(time.time()))
+        sft.permutation.cache_clear()  # as in a new process
         run_script(rl, *options, monkeypatch=monkeypatch)
         [folder] = Path(options[options.index("--runs") + 1]).glob("*-rl-*")
         return folder
@@ -589,6 +590,18 @@ def test_another_micro_batch_gives_the_same_run(options, trained, monkeypatch):
     other = trained(options(*more, "--micro-batch", 3, runs="other"))
     assert max(map(len, rows)) == 3
     assert_close_runs(one, other)
+
+
+def test_every_episode_is_drawn_anew(options, trained, monkeypatch):
+    """Bugs: each update with the tasks or the random numbers of the last; groups torn apart; a stage's options lost."""
+    calls, real = [], rl.play
+    monkeypatch.setattr(rl, "play", lambda *rest: calls.append(rest[2:]) or real(*rest))
+    trained(options("--algo", "rloo", "--updates", 4, "--eval-every", 0))
+    tasks, stages, seeds, numbers = zip(*calls, strict=True)
+    assert all(group == [group[0]] * 4 for drawn in tasks for group in (drawn[:4], drawn[4:]))
+    assert len({str(drawn) for drawn in tasks}) == 4 and {task["number"] for task in sum(tasks, [])} <= set(range(12))
+    assert sum(numbers, []) == list(range(32)) and seeds == (0,) * 4
+    assert stages == ({"near": 1}, {"near": 1}, {}, {})
 
 
 def test_the_buffer_is_of_this_stage_only(options, trained, monkeypatch):
