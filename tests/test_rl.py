@@ -50,13 +50,16 @@ class Walk(envs.Env):
     curriculum = [("near", 0.5, {"near": 1}), ("far", 0.5, {})]
     horizon = 5
 
+    def __init__(self, near=0):
+        self.near = near
+
     def tasks(self, split):
         start = {"train": 0, "valid": 12, "test": 16}[split]
         return [{"goal": 2 + i % 3, "number": i} for i in range(start, start + (12 if split == "train" else 4))]
 
     def reset(self, *, seed=None, options=None):
         self.task, rng = options["task"], random.Random(seed)
-        self.here = min(rng.randrange(2) + (2 if options.get("near") else 0), self.task["goal"] - 1)
+        self.here = min(rng.randrange(2) + (2 if options.get("near", self.near) else 0), self.task["goal"] - 1)
         self.steps = 0
         return self.render(), {"actions": self.actions(), "success": False}
 
@@ -525,8 +528,11 @@ def test_what_a_run_leaves(options, trained, capsys, monkeypatch):
     than the one that `rl.py` ended with; a viewer without probabilities; a finished run that is played on."""
     played, real = [], rl.play_together
     monkeypatch.setattr(rl, "play_together", lambda *rest: played.append(real(*rest)) or played[-1])
+    saved, save = [], reflect_rl.Run.save
+    monkeypatch.setattr(reflect_rl.Run, "save", lambda *rest, **more: saved.append(rest[1]) or save(*rest, **more))
     more = options("--algo", "ppo", "--kl", 0.1)
     run = trained(more)
+    assert saved == [1, 2, 3, 4, 5, 6], "a kill loses one update and no more"
     table = table_of(capsys.readouterr().out)
     before, *lines = [json.loads(line) for line in (run / "log.jsonl").open()]
     assert before["step"] == before["episodes"] == 0 and 0 <= before["valid_success"] <= 1
@@ -593,11 +599,16 @@ def test_another_micro_batch_gives_the_same_run(options, trained, monkeypatch):
 
 
 def test_every_episode_is_drawn_anew(options, trained, monkeypatch):
-    """Bugs: each update with the tasks or the random numbers of the last; groups torn apart; a stage's options lost."""
+    """Bugs: each update with the tasks or the random numbers of the last; groups torn apart; a stage's options lost, or
+    winning over the command line's."""
     calls, real = [], rl.play
     monkeypatch.setattr(rl, "play", lambda *rest: calls.append(rest[2:]) or real(*rest))
-    trained(options("--algo", "rloo", "--updates", 4, "--eval-every", 0))
-    tasks, stages, seeds, numbers = zip(*calls, strict=True)
+    more = options("--algo", "rloo", "--updates", 4, "--eval-every", 0)
+    trained(more)
+    adapters = sft.adapters(rl_args(*more, "--resume"))
+    rl.train(rl_args(*more, "--name", "mine", "--env-option", "near=0"), adapters)
+    assert [options for _, options, *_ in calls[4:]] == [{}] * 4
+    tasks, stages, seeds, numbers = zip(*calls[:4], strict=True)
     assert all(group == [group[0]] * 4 for drawn in tasks for group in (drawn[:4], drawn[4:]))
     assert len({str(drawn) for drawn in tasks}) == 4 and {task["number"] for task in sum(tasks, [])} <= set(range(12))
     assert sum(numbers, []) == list(range(32)) and seeds == (0,) * 4
@@ -825,7 +836,8 @@ def test_torchrun_runs_the_whole_pipeline(bases, tmp_path):
     """`torchrun --nproc-per-node 2 rl.py`: SFT by one process, training by both, one table. Bug: it hangs."""
     options = [*tiny_rl_options(bases["gpt2"], tmp_path), "--updates", 2]
     out, _ = subprocess_of("-m", "torch.distributed.run", "--nproc-per-node", 2, "rl.py", *options, timeout=600)
-    assert out.count("95% Wilson") == 1 and len(read_log(tmp_path / "corridor-rl-s0")) == 2
+    assert out.count("95% Wilson") == out.count("records to learn from") == 1
+    assert len(read_log(tmp_path / "corridor-rl-s0")) == 2
 
 
 def test_python_rl_runs_the_whole_pipeline(bases, tmp_path):
