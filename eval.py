@@ -220,6 +220,9 @@ def main():
     rows = [] if args.run else baseline_rows(args)
     for folder in [args.run] if args.run else runs_of(args):
         try:
+            # One table, one panel: a run on other tasks or with another horizon is not compared unasked.
+            if not args.run and dict(read_config(folder)["env_option"]) != dict(args.env_option):
+                raise UserError(f"{folder} was trained with another --env-option: evaluate it with --run")
             rows += run_rows(folder, args)
         except UserError as error:
             if args.run:

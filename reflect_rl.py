@@ -140,7 +140,7 @@ class Labels:
         for token, _ in chosen.values():
             free.pop(token, None)
         if len(free) < len(actions) - len(chosen):
-            raise UserError(f"{len(actions)} actions, but this tokenizer has only {len(self.letters)} one-token labels")
+            raise UserError(f"{len(actions)} actions, but there are only {len(self.letters)} one-token labels")
         letters = iter(free.items())  # they name what has no word, in the menu's order
         ids, labels = zip(*(chosen[i] if i in chosen else next(letters) for i in range(len(actions))), strict=True)
         return labels, ids
@@ -810,6 +810,18 @@ def read_log(folder):
     return lines
 
 
+def check_settings(folder, args, resume):
+    """Refuse to write over a run, or to go on with other settings than its own."""
+    if not (folder / "config.json").exists():
+        return
+    if not resume:
+        raise UserError(f"{folder} exists already: go on with --resume, or give another --name")
+    old, new = read_config(folder), settings_of(args)
+    changed = [f"{key} {old.get(key)!r}, now {new[key]!r}" for key in new if old.get(key) != new[key]]
+    if changed:
+        raise UserError(f"{folder} was started with other settings: {', '.join(changed)}")
+
+
 class Run:
     """A folder that is written by one process at a time, and can be gone on from after any kill."""
 
@@ -824,22 +836,12 @@ class Run:
             self.lock.acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
             raise UserError(f"another process is writing {folder}") from None
-        config, path = settings_of(args), self.folder / "config.json"
-        if path.exists():
-            self.check(config, resume)
-        elif (self.folder / "log.jsonl").exists() or (self.folder / "checkpoint.pt").exists():
+        check_settings(self.folder, args, resume)
+        if (self.folder / "config.json").exists():
+            return
+        if (self.folder / "log.jsonl").exists() or (self.folder / "checkpoint.pt").exists():
             raise UserError(f"{folder} holds a run without its config.json: give another --name")
-        else:
-            write(path, json.dumps(config, indent=2) + "\n")
-
-    def check(self, config, resume):
-        """Refuse to write over a run, or to go on with other settings than its own."""
-        if not resume:
-            raise UserError(f"{self.folder} exists already: go on with --resume, or give another --name")
-        old = read_config(self.folder)
-        changed = [f"{key} {old.get(key)!r}, now {config[key]!r}" for key in config if old.get(key) != config[key]]
-        if changed:
-            raise UserError(f"{self.folder} was started with other settings: {', '.join(changed)}")
+        write(self.folder / "config.json", json.dumps(settings_of(args), indent=2) + "\n")
 
     def log(self, figures):
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -886,7 +888,7 @@ def runs_of(args):
     found = []
     for path in Path(args.runs).glob("*/config.json"):
         try:
-            if short_name(read_config(path.parent)["env"]) == short_name(args.env):
+            if read_config(path.parent)["env"] == args.env:
                 found.append((path.stat().st_mtime, path.parent))
         except UserError as error:
             print(f"note: {error}")

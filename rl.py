@@ -41,7 +41,7 @@ import eval as evaluation
 import sft
 from envs import UserError
 from reflect_rl import (
-    COMMON, Episode, Run, Step, adapter_parameters, add_options, env_factory, gather,
+    COMMON, Episode, Run, Step, adapter_parameters, add_options, check_settings, env_factory, gather,
     joined_processes, load_adapter, load_players, parse_args, play, rank, save_adapter,
     short_name, show, sum_gradients, world,
 )
@@ -465,9 +465,8 @@ def resolve(args):
     vars(args).update(ALGORITHMS[args.algo])
     for name, (default, *_) in sft.OWN_OPTIONS.items():  # options of `sft.py` alone
         setattr(args, name, vars(args).get(name, default))
-    # A wrong --name or a run that exists is refused now, and not after SFT.
-    if (Path(args.runs) / run_name(args) / "config.json").exists() and not args.resume:
-        raise UserError(f"{args.runs}/{run_name(args)} exists already: go on with --resume, or give another --name")
+    # A wrong --name, a run that exists or one with other settings is refused now, and not after SFT.
+    check_settings(Path(args.runs) / run_name(args), args, args.resume)
     if args.episodes % args.group:
         raise UserError(f"--episodes {args.episodes} cannot be divided into {args.algo}'s groups of {args.group}")
     if args.algo == "reinforce" and args.episodes < 2:

@@ -126,15 +126,16 @@ def eval_options(runs, *more):
 
 def test_table_of_all_runs(runs, bases, capsys, monkeypatch):
     """Catches a run left out, the ablation played with reflections, and a run that is damaged, still in training, or
-    of another module, that hides the others; each of them is named."""
+    on other tasks, that hides the others; each of them is named. Also a run of another module with the same class."""
     run_script(rl, *tiny_rl_options(bases["gpt2"], runs), "--eval-every", 0, monkeypatch=monkeypatch)
     good = runs / "corridor-rl-s0"
-    for name in ("damaged", "elsewhere", "training", "another-env", "NaN"):
+    for name in ("damaged", "elsewhere", "training", "another-env", "longer", "NaN"):
         shutil.copytree(good, runs / name)
     config = json.loads((good / "config.json").read_text())
     (runs / "damaged" / "config.json").write_text('{"env": "corridor:Corr')
     (runs / "elsewhere" / "config.json").write_text(json.dumps(config | {"env": "another:Corridor"}))
     (runs / "another-env" / "config.json").write_text(json.dumps(config | {"env": "taxi"}))
+    (runs / "longer" / "config.json").write_text(json.dumps(config | {"env_option": [["length", 9]]}))
     shutil.rmtree(runs / "training" / "policy")
     (runs / "NaN" / "policy" / "adapter_model.safetensors").write_bytes(b"")
     capsys.readouterr()
@@ -146,8 +147,8 @@ def test_table_of_all_runs(runs, bases, capsys, monkeypatch):
     out, sft = capsys.readouterr().out, sft_folder(runs).name
     assert list(table_of(out)) == ["random", "expert", f"{sft} without reflection", f"{sft} with reflection", good.name]
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 4 and all(any(str(runs / name) in note for note in notes) for name in ("damaged", "elsewhere"))
-    assert all(any(str(runs / name) in note for note in notes) for name in ("training", "NaN"))
+    named = ("damaged", "longer", "training", "NaN")
+    assert len(notes) == 4 and all(any(str(runs / name) in note for note in notes) for name in named)
     assert runs_of(argparse.Namespace(env="taxi", runs=runs)) == [runs / "another-env"]
 
 

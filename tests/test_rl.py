@@ -566,6 +566,8 @@ def test_what_a_run_leaves(options, trained, capsys, monkeypatch):
         trained(more)
     with pytest.raises(UserError, match="other settings: updates 6, now 7, episodes 8, now 16"):
         trained([*more, "--resume", "--updates", 7, "--episodes", 16])
+    with pytest.raises(UserError, match="other settings: seed 0, now 1"):  # before another SFT, for which Walk has no
+        trained([*more, "--resume", "--seed", 1, "--name", run.name])  # teacher
     trained([*more, "--resume", "--micro-batch", 8])
     assert contents == {path: path.read_bytes() for path in contents}
 
