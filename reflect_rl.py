@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -30,6 +31,7 @@ import os
 import random
 import re
 import string
+import weakref
 from pathlib import Path
 
 import filelock
@@ -38,7 +40,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 import envs
@@ -59,27 +64,32 @@ def one_line(text):
     return " ".join(text.split())
 
 
+def quote(text):
+    """Text from outside, in which no line can pass for a header of ours."""
+    return re.sub(r"(?m)^# (?=(Analyze|Actions?):)", "#", text)
+
+
 def reflector_prompt(state):
-    return f"{state}\n# Analyze:\n"
+    return f"{quote(state)}\n# Analyze:\n"
 
 
 def policy_prompt(state, reflection, actions, labels):
     """Prompt of the policy; `reflection=None` is the paper's ablation without a reflector."""
-    text = f"{state}\n" if reflection is None else f"{reflector_prompt(state)}{one_line(reflection)}\n"
-    text += "# Actions:\n"
+    text = quote(state) if reflection is None else reflector_prompt(state) + quote(one_line(reflection))
+    text += "\n# Actions:\n"
     for label, action in zip(labels, actions, strict=False):
-        text += f"{label} {action}\n"
+        text += label + " " + action.replace("\n", " ") + "\n"
     return text + ACTION_HEADER
 
 
-def encode_all(tokenizer, texts):
+def encode_all(tokenizer, texts, bos=True):
     """Token ids of each text: with the tokenizer's BOS if it has that habit, never with a closing EOS.
 
     A text comes from outside: what looks like a special token in it is spelt out, it never becomes one.
     """
     if not texts:
         return []
-    rows = tokenizer(list(texts), split_special_tokens=True)["input_ids"]
+    rows = tokenizer(list(texts), add_special_tokens=bos, split_special_tokens=True)["input_ids"]
     for row in rows:
         if row and row[-1] == tokenizer.eos_token_id:
             row.pop()  # a prompt goes on
@@ -189,12 +199,16 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scale, self.active = {}, None
 
+    @property
+    def weight(self):
+        return self.base.weight  # some blocks look at its type
+
     def add(self, name, r, alpha):
-        weight = self.base.weight
+        device = self.weight.device
         # Conv1D keeps its weight transposed
-        d_out, d_in = reversed(weight.shape) if isinstance(self.base, Conv1D) else weight.shape
-        self.lora_A[name] = nn.Parameter(torch.empty(r, d_in, device=weight.device))
-        self.lora_B[name] = nn.Parameter(torch.zeros(d_out, r, device=weight.device))  # B = 0: no change at first
+        d_out, d_in = reversed(self.weight.shape) if isinstance(self.base, Conv1D) else self.weight.shape
+        self.lora_A[name] = nn.Parameter(torch.empty(r, d_in, device=device))  # fp32, whatever the base has
+        self.lora_B[name] = nn.Parameter(torch.zeros(d_out, r, device=device))  # B = 0: no change at first
         nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
         self.scale[name] = alpha / r
 
@@ -202,45 +216,80 @@ class LoRALinear(nn.Module):
         if self.active is None:
             return self.base(x)
         # The scale goes on A, which is smaller than x.
-        A, B, W = self.lora_A[self.active] * self.scale[self.active], self.lora_B[self.active], self.base.weight
+        A, B = self.lora_A[self.active] * self.scale[self.active], self.lora_B[self.active]
         if self.merges(x):
-            W = W.T if isinstance(self.base, Conv1D) else W
+            W = self.weight.T if isinstance(self.base, Conv1D) else self.weight
             return F.linear(x, torch.addmm(W, B, A), self.base.bias)
-        return self.base(x) + F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
+        y = self.base(x)
+        return y + F.linear(F.linear(x.to(A.dtype), A), B).to(y.dtype)  # rank r in between: never a full-size matrix
 
     def merges(self, x):
         """Whether W + B A, made for this call only, is the faster way: many tokens, and no gradient is wanted.
 
         Not in bf16, where a small B A would vanish in the rounding of W.
         """
-        exact = x.dtype == self.base.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        return exact and x.numel() > self.base.weight.numel() and not torch.is_grad_enabled()
+        exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        return exact and x.numel() > self.weight.numel() and not torch.is_grad_enabled()
 
 
 def lora_layers(model):
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def plain_layers(model):
+    """`{path: layer}` of the linear layers that LoRA can change: those that a pass over text calls, but the LM head.
+
+    A vision tower is not called. A layer whose weight another module reads by itself (Mamba's fast path) is left alone,
+    as `peft` does. Of the experts of a mixture a pass calls a few, and all count.
+    """
+    layers, called = {}, set()
+    for path, module in model.named_modules():
+        parent, _, leaf = path.rpartition(".")
+        if not isinstance(module, (nn.Linear, Conv1D, LoRALinear)) or module is model.get_output_embeddings():
+            continue
+        code = source_of(type(model.get_submodule(parent)))
+        if leaf != "base" and not re.search(rf"self\.{leaf}\.weight\b(?!\.dtype)", code):
+            layers[path] = module
+
+    def kind(path):
+        return re.sub(r"\d+", "*", path)
+
+    def note(path, result):
+        if isinstance(result, torch.Tensor):  # a router may give more
+            called.add(kind(path))
+
+    hooks = []
+    for path, layer in layers.items():
+        hooks.append(layer.register_forward_hook(lambda layer, x, result, path=path: note(path, result)))
+    with torch.no_grad():
+        model(torch.arange(8, device=model.device)[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {path: layer for path, layer in layers.items() if kind(path) in called}
+
+
+@functools.cache
+def source_of(cls):
+    return inspect.getsource(cls)
+
+
 def add_adapter(model, name, r=16, alpha=8, targets=None):
-    """Add a named adapter to every linear layer but the LM head, or to those whose last name is in `targets`.
+    """Add a named adapter to every plain linear layer, or to those of `targets`: last names or whole paths.
 
     The first adapter freezes the base. r 16 and alpha 8 are the paper's.
     """
     if not lora_layers(model):
         model.requires_grad_(False)
-    added = 0
-    for path, module in list(model.named_modules()):
-        parent, _, leaf = path.rpartition(".")
-        if leaf == "base" or module is model.get_output_embeddings() or (targets and leaf not in targets):
-            continue
-        if isinstance(module, (nn.Linear, Conv1D)):
-            module = LoRALinear(module)
-            setattr(model.get_submodule(parent), leaf, module)
-        if isinstance(module, LoRALinear):
-            module.add(name, r, alpha)
-            added += 1
-    if not added:
+    layers = plain_layers(model)
+    if targets:
+        layers = {path: layer for path, layer in layers.items() if {path, path.rpartition(".")[2]} & set(targets)}
+    if not layers:
         raise UserError(f"the model has no linear layer to adapt{f' among {sorted(targets)}' if targets else ''}")
+    for path, layer in layers.items():
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer)
+            model.set_submodule(path, layer)
+        layer.add(name, r, alpha)
 
 
 def use_adapter(model, name):
@@ -263,6 +312,12 @@ def adapter_parameters(model, name):
     return list(adapter_tensors(model, name).values())
 
 
+def hub_name(path):
+    """What a base is called elsewhere: a folder of the hub's cache by its name on the hub."""
+    found = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", Path(path).as_posix())
+    return "/".join(found.groups()) if found else path
+
+
 def save_adapter(model, name, folder):
     """Write an adapter in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`."""
     folder = Path(folder)
@@ -277,8 +332,8 @@ def save_adapter(model, name, folder):
         "bias": "none",
         "fan_in_fan_out": isinstance(first.base, Conv1D),
         "inference_mode": True,
-        "base_model_name_or_path": model.name_or_path,
-        "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
+        "base_model_name_or_path": hub_name(model.name_or_path),
+        "target_modules": sorted(layers),
     }
     tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_tensors(model, name).items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,10 +341,13 @@ def save_adapter(model, name, folder):
     write(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")  # last: it says "complete"
 
 
-# PEFT's fields that change what an adapter computes; plain LoRA has none of them
-REFUSED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
-           "alora_invocation_tokens")
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # values of init_lora_weights
+# PEFT's fields that say where an adapter came from, how it was trained or on which layers it sits, which its tensors
+# say, too. Any other one that is set would change what it computes.
+HARMLESS = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
+            "inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "init_lora_weights",
+            "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "loftq_config", "eva_config",
+            "corda_config", "megatron_config", "megatron_core", "qalora_group_size"}
+PLAIN_INIT = ("True", "False", "None", "gaussian", "orthogonal", "eva")  # the others change the base as well
 
 
 def load_adapter(model, name, folder):
@@ -303,14 +361,16 @@ def load_adapter(model, name, folder):
         raise UserError(f"{folder} holds no complete adapter: {error!r}") from None
     if kind != "LORA" or config.get("bias", "none") != "none":
         raise UserError(f"{folder}: only plain LoRA without biases is supported, not {kind}")
-    for field in REFUSED:
-        if config.get(field):
-            raise UserError(f"{folder}: only plain LoRA is supported, not {field}")
-    if str(config.get("init_lora_weights")).lower().startswith(CHANGE_THE_BASE):
-        raise UserError(f"{folder}: init_lora_weights {config['init_lora_weights']} has changed the base, too")
+    refused = [field for field in config if config[field] and field not in HARMLESS]
+    if str(config.get("init_lora_weights")) not in PLAIN_INIT:
+        refused.append(f"init_lora_weights {config['init_lora_weights']}")
+    if refused:
+        raise UserError(f"{folder}: only plain LoRA is supported, not {', '.join(refused)}")
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
+        raise UserError(f"{folder}: r {r!r} and lora_alpha {alpha!r} are no rank and no number")
     if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
         raise UserError(f"{folder} has weights that are not finite")
-    add_adapter(model, name, r, alpha, {key.split(".lora_")[0].rpartition(".")[2] for key in saved})
+    add_adapter(model, name, r, alpha, {key.split(".lora_")[0].removeprefix("base_model.model.") for key in saved})
     parameters = adapter_tensors(model, name)
     if {key: p.shape for key, p in parameters.items()} != {key: tensor.shape for key, tensor in saved.items()}:
         raise UserError(f"{folder} was made for another base model: its layers or shapes do not fit")
@@ -348,10 +408,10 @@ class Step:
         return self.log_probs[self.action]
 
 
-def load_base(path="nano", device="cpu"):
+def load_base(path="nano", device="cpu", dtype="fp32"):
     """A causal LM and its tokenizer from a Hugging Face directory (or a hub name, if there is a network).
 
-    Code that comes with a checkpoint is never run.
+    `dtype`: of the frozen weights, see `--dtype`. Code that comes with a checkpoint is never run.
     """
     path = NANO if path == "nano" else path
     is_folder = os.path.isdir(path)
@@ -359,20 +419,83 @@ def load_base(path="nano", device="cpu"):
         raise UserError(f"{path} is no directory")  # nor a name of the hub, which would be asked for a minute
     if is_folder and not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(f"{path} is no causal LM: it has no config.json")  # an adapter would have its base loaded
+    weights = torch.bfloat16 if dtype == "bf16" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=weights, trust_remote_code=False,
                                                            output_loading_info=True)
     except Exception as error:  # a damaged file may raise anything
         what = "causal LM with a tokenizer" if is_folder else "directory, and no causal LM from the hub"
-        raise UserError(f"{path} is no {what}: {(str(error) or repr(error)).splitlines()[0]}") from None
+        raise UserError(f"{path} is no {what}: {one_line(str(error) or repr(error))[:300]}") from None
     if info["missing_keys"]:  # transformers would draw them at random
         raise UserError(f"{path} has no weights of {', '.join(sorted(info['missing_keys']))[:200]}")
+    model = model.to(device).eval()  # eval(): dropout stays off in every stage, LoRA has none
+    check_base(model, tokenizer, path)
+    return model, tokenizer
+
+
+def check_base(model, tokenizer, path):
+    """A `UserError` where a base could not be trained, or would not do what the two players need."""
     if not encode(tokenizer, ACTION_HEADER):
         raise UserError(f"{path} holds no tokenizer")
-    if tokenizer.eos_token_id is None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"the tokenizer of {path} has {len(tokenizer)} tokens, and its model only {rows}")
+    end = tokenizer.eos_token_id
+    if end is None:
         raise UserError(f"the tokenizer of {path} has no end-of-text token, which ends a reflection")
-    return model.to(device).eval(), tokenizer  # eval(): dropout stays off in every stage, LoRA has none
+    if end in encode(tokenizer, f"a {tokenizer.eos_token}"):
+        raise UserError(f"the tokenizer of {path} takes {tokenizer.eos_token} in a text for its end")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"{path} has weights that are not finite")
+    ids = torch.arange(8, device=model.device).repeat(2, 1)
+    ids[1, -1] = 8  # two texts that differ in their last token
+    try:
+        with torch.no_grad():
+            one, other = model(ids, use_cache=False).logits[:, :-1].float()
+    except Exception as error:  # an architecture that reads more than text
+        raise UserError(f"{path} cannot read a text alone: {one_line(str(error) or repr(error))[:300]}") from None
+    if not torch.allclose(one, other, atol=1e-3 * one.abs().max().item()):
+        raise UserError(f"{path} is not causal: its logits depend on later tokens")
+
+
+def recompute(model):
+    """Gradient checkpointing: keep the input of each block only, and compute the rest again in the backward pass."""
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise UserError("--gradient-checkpointing: this architecture has no blocks that could be computed again")
+    for block in blocks:
+        block.forward = functools.partial(run_block, block.forward)
+
+
+def run_block(forward, *inputs, **options):
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def right_pad(rows, device):
+    """Rows of token ids -> (B, T). What stands to the right of a row a causal model never sees: no mask is needed."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+
+
+def takes(model, *names):
+    """Whether the model's forward has these arguments."""
+    return set(names) <= set(inspect.signature(model.forward).parameters)
+
+
+def forward(model, ids, keep, **options):
+    """The model's own forward on right-padded ids, (B, T), with logits at the positions `keep` only: (B, K, V).
+
+    Its own, because some models scale, cap or transform their logits. Nothing is padded on the left, so positions and
+    attention are those of each row alone, in every architecture.
+    """
+    if takes(model, "logits_to_keep"):
+        return model(ids, use_cache=False, logits_to_keep=keep, **options)
+    output = model(ids, use_cache=False, **options)
+    output.logits = output.logits[:, keep]
+    return output
 
 
 class Players:
@@ -383,36 +506,32 @@ class Players:
 
     memo_size = 100_000  # reflections remembered
 
-    def __init__(self, model, tokenizer, reflection=True, labels="letters", max_reflection=96, bf16=False,
+    def __init__(self, model, tokenizer, reflection=True, labels="letters", max_reflection=96, dtype="fp32",
                  micro_batch=32):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self.labels = Labels(tokenizer, labels)
         self.reflection, self.max_reflection = reflection, max_reflection
-        self.bf16, self.micro_batch = bf16, micro_batch
+        self.dtype, self.micro_batch = dtype, micro_batch
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        # How the model decodes: the name of its cache, and whether rows of several lengths can share one. A state that
+        # is updated token by token (Mamba and its kind) would take in the padding, and no row could leave it.
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+        stateful = model._is_stateful or kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+        self.can_pad = not stateful and takes(model, "attention_mask", "position_ids", "past_key_values")
+        self.cache_name = "cache_params" if takes(model, "cache_params") else "past_key_values"
+        self.last_logits = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         # The reflector is frozen and greedy: its reflection of a state is written once.
         self.reflections = {}
         self.counts = collections.Counter(hits=0, misses=0, cuts=0)  # of reflections: known, written, cut off
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "autocast")
 
-    def left_pad(self, rows, room=0):
-        """Rows of token ids -> ids, mask and positions, each (B, T); the last real token of every row is at -1.
-
-        The mask comes from lengths, so a padding id that equals EOS does no harm. `room`: tokens still to be written.
-        """
+    def check_length(self, rows, room=0):
         longest = max(map(len, rows))
         if longest + room > self.context:
             raise UserError(f"a prompt of {longest} tokens, and {room} to write, exceeds the model's context of "
                             f"{self.context}: give the environment a smaller text budget")
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row) :] = torch.tensor(row)
-            mask[i, longest - len(row) :] = 1
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return ids.to(self.device), mask.to(self.device), positions.to(self.device)
 
     # Player 1
 
@@ -431,31 +550,59 @@ class Players:
         return texts
 
     def generate(self, prompts):
-        """Greedy decoding with a KV cache until EOS, all prompts at once; a finished row leaves the batch."""
+        """Greedy decoding until EOS, all prompts at once where the model can pad, else those of one length."""
         use_adapter(self.model, "reflect")
-        # ids: first the whole prompts, then one new token a row; rows: the numbers of the prompts that still go on
-        ids, mask, positions = self.left_pad(encode_all(self.tokenizer, prompts), room=self.max_reflection)
-        rows, written, cache = list(range(len(prompts))), [[] for _ in prompts], None
+        prompts = encode_all(self.tokenizer, prompts)
+        self.check_length(prompts, room=self.max_reflection)
+        groups = collections.defaultdict(list)  # numbers of the prompts that are decoded together
+        for number, prompt in enumerate(prompts):
+            groups[0 if self.can_pad else len(prompt)].append(number)
+        texts = {}
+        for numbers in groups.values():
+            texts.update(zip(numbers, self.decode([prompts[number] for number in numbers]), strict=True))
+        return [texts[number] for number in range(len(prompts))]
+
+    def decode(self, rows):
+        """Rows of token ids -> the texts that follow, with a KV cache; where it can, a finished row leaves the batch.
+
+        Left-padded, so that all go on from the last position. The mask comes from lengths: a padding id that equals EOS
+        does no harm.
+        """
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        # playing: the number of the row that stands at each place of the batch; going: those that have not ended
+        playing, going = list(range(len(rows))), set(range(len(rows)))
+        written, cache, use_cache = [[] for _ in rows], None, takes(self.model, self.cache_name)
         for _ in range(self.max_reflection):
+            inputs = {}
+            if self.can_pad:
+                inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
+            if cache:
+                inputs[self.cache_name] = cache
             with self.autocast():
-                output = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                    use_cache=True, logits_to_keep=1)
-            token, cache = output.logits[:, -1].argmax(-1), output.past_key_values  # (B,)
-            going = (token != self.tokenizer.eos_token_id).nonzero()[:, 0]
-            if len(going) < len(rows):
-                rows = [rows[i] for i in going.tolist()]
-                token, mask, positions = token[going], mask[going], positions[going]
-                cache.batch_select_indices(going)
-            if not rows:
+                output = self.model(ids, use_cache=use_cache, **inputs, **self.last_logits)
+            token, cache = output.logits[:, -1].argmax(-1), output.get(self.cache_name)  # (B,)
+            for number, t in zip(playing, token.tolist(), strict=True):
+                if t == self.tokenizer.eos_token_id:
+                    going.discard(number)
+                elif number in going:
+                    written[number].append(t)
+            if not going:
                 break
-            for row, t in zip(rows, token.tolist(), strict=True):
-                written[row].append(t)
-            ids, positions = token[:, None], positions[:, -1:] + 1  # (B, 1)
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        self.counts["cuts"] += len(rows)  # those that are still going were cut off by the limit
+            if self.can_pad and len(going) < len(playing):
+                kept = torch.tensor([place for place, number in enumerate(playing) if number in going])
+                playing = [playing[place] for place in kept.tolist()]
+                kept = kept.to(self.device)
+                token, mask = token[kept], mask[kept]
+                cache.batch_select_indices(kept)
+            use_cache = bool(cache)  # without one the whole texts are read again
+            mask = F.pad(mask, (0, 1), value=1)
+            ids = token[:, None] if use_cache else torch.cat([ids, token[:, None]], dim=1)  # one new token a row
+        self.counts["cuts"] += len(going)  # cut off by the limit
         texts = [one_line(self.tokenizer.decode(tokens)) for tokens in written]
-        for row in rows:  # end a cut text with its last whole sentence, as SFT's texts do
-            texts[row] = texts[row][: texts[row].rfind(".") + 1] or texts[row]
+        for number in going:  # end a cut text with its last whole sentence, as SFT's texts do
+            texts[number] = texts[number][: texts[number].rfind(".") + 1] or texts[number]
         return texts
 
     def cache_hits(self):
@@ -492,12 +639,13 @@ class Players:
                 rows.append(step.ids)
             index.append(row_of[step.prompt])
         use_adapter(self.model, adapter)
-        ids, mask, positions = self.left_pad(rows)
+        self.check_length(rows)
+        ends = torch.tensor([len(row) - 1 for row in rows], device=self.device)  # (B,)
+        keep, place = ends.unique(return_inverse=True)
         with self.autocast():
-            output = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1,
-                                output_hidden_states=hidden)
-        logits = output.logits[:, -1][index]  # (B, V)
-        return (logits, output.hidden_states[-1][:, -1][index]) if hidden else logits
+            output = forward(self.model, right_pad(rows, self.device), keep, output_hidden_states=hidden)
+        logits = output.logits[range(len(rows)), place][index]  # (B, V)
+        return (logits, output.hidden_states[-1][range(len(rows)), ends][index]) if hidden else logits
 
     def log_probs(self, logits, steps):
         """Log-probabilities of the actions, (B, A) in fp32: row b has len(steps[b].menu) valid ones, the rest -inf."""
@@ -537,6 +685,65 @@ class Players:
             self.score(steps)
             known.update(zip(new, steps, strict=True))
         return [dataclasses.replace(known[key]) for key in keys]  # copies: each gets its own action and reward
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Memory: said before it is used
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside: `most` is what they held together at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        old = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in old:  # no view
+                self.count(tensor.untyped_storage().nbytes())
+                weakref.finalize(tensor.untyped_storage(), self.count, -tensor.untyped_storage().nbytes())
+        return result
+
+    def count(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def say_memory(stage, device, parameters, texts, length, learn):
+    """Print what a training will need at its peak and what there is. `learn(n)`: forward and backward pass of n texts.
+
+    One and two texts are tried: what they need grows evenly with their number.
+    """
+    peaks = []
+    for n in (1, 2):
+        with Peak() as peak:
+            learn(n)
+        peaks.append(peak.most)
+        for parameter in parameters:
+            parameter.grad = None
+    held, most = memory_of(torch.device(device))
+    moments = 2 * sum(parameter.nbytes for parameter in parameters)  # AdamW's; the gradients are in the peaks
+    need = held + moments + peaks[0] + (texts - 1) * (peaks[1] - peaks[0])
+    if most:
+        line = f"{stage}: needs {need / 1e9:.2f} GB of memory ({texts} texts of {length} tokens at a time)"
+        enough = "" if need < most else ": try --micro-batch, --dtype bf16 or --gradient-checkpointing"
+        print(f"{line}, there are {most / 1e9:.1f} GB{enough}")
+
+
+def memory_of(device):
+    """Bytes that this process holds on a device, and all that it could hold; 0, 0 where that is not known."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        return held, held + torch.cuda.mem_get_info(device)[0]
+    try:  # Linux
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        free = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    except OSError:
+        return 0, 0
+    return held, held + free
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -646,7 +853,9 @@ COMMON = {
     "runs": ("runs", "folder of all runs"),
     "seed": (0, "seed of everything"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 or mps"),
-    "bf16": ("auto", "bf16 autocast; auto: on GPUs that have it", ("auto", "on", "off")),
+    "dtype": ("fp32", "of the frozen base: fp32; bf16, half the memory; autocast, fp32 weights and bf16 products",
+              ("fp32", "bf16", "autocast")),
+    "gradient_checkpointing": (False, "compute activations again in the backward pass: slower, less memory"),
     "micro_batch": (32, "most texts in a forward pass, for memory; the results stay the same", 1),
 }
 
@@ -696,9 +905,6 @@ def parse_args(parser):
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
-    # On a CPU bf16 has to be asked for: on the nano base its casts cost more than they save.
-    on_gpu = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    args.bf16 = args.bf16 == "on" or (args.bf16 == "auto" and on_gpu)
     return args
 
 
@@ -767,7 +973,8 @@ def gather(value):
 # Runs: runs/<name>/ holds config.json, log.jsonl, checkpoint.pt and the adapters
 
 # Options that may differ on resume: they say where, how fast or how often, or are told by another one.
-MAY_DIFFER = ("runs", "resume", "name", "device", "bf16", "micro_batch", "repos", "no_negatives", "repeats", "stage")
+MAY_DIFFER = ("runs", "resume", "name", "device", "dtype", "gradient_checkpointing", "micro_batch", "repos",
+              "no_negatives", "repeats", "stage")
 MOST_WEIGHT = 1e6  # a larger trained weight is not saved
 
 
@@ -926,11 +1133,28 @@ def as_trained(args, folder):
 
 def load_players(args, adapters):
     """Players on `args.base`; `adapters` maps names to the folders that hold them."""
-    model, tokenizer = load_base(args.base, args.device)
+    model, tokenizer = load_base(args.base, args.device, args.dtype)
+    if args.gradient_checkpointing:
+        recompute(model)
     for name, folder in adapters.items():
         load_adapter(model, name, folder)
     has_reflector = "reflect" in adapters
-    return Players(model, tokenizer, has_reflector, args.labels, args.max_reflection, args.bf16, args.micro_batch)
+    return Players(model, tokenizer, has_reflector, args.labels, args.max_reflection, args.dtype, args.micro_batch)
+
+
+def merge(args, name, folder, out):
+    """Write the base with one adapter in its weights: a plain model that needs nothing of ours."""
+    if Path(out).exists():
+        raise UserError(f"{out} exists already")
+    players = load_players(args, {name: folder})
+    for path, layer in lora_layers(players.model).items():
+        change = layer.lora_B[name] @ layer.lora_A[name] * layer.scale[name]  # (d_out, d_in)
+        with torch.no_grad():
+            layer.weight += (change.T if isinstance(layer.base, Conv1D) else change).to(layer.weight.dtype)
+        players.model.set_submodule(path, layer.base)
+    players.model.save_pretrained(out)
+    players.tokenizer.save_pretrained(out)
+    print(f"{out}: {args.base} with {folder} in its weights")
 
 
 def main():
@@ -940,6 +1164,7 @@ def main():
         "split": ("test", "split of the task"),
         "task": (0, "index of the task in the split", 0),
         "greedy": (False, "take the most probable action instead of a sample"),
+        "merge": ("", "do not play: write both players as plain models to MERGE/reflect and MERGE/policy"),
     }
     add_options(parser, COMMON, own)
     args = parse_args(parser)
@@ -949,6 +1174,10 @@ def main():
         raise UserError(f"no run of {args.env} in {args.runs} can play: make one with python rl.py --env {args.env}")
     folder = args.run or able[-1]
     args = as_trained(args, folder)
+    if args.merge:
+        for name, adapter in adapters_of(folder).items():
+            merge(args, name, adapter, Path(args.merge) / name)
+        return
     tasks = env_factory(args)().tasks(args.split)
     if args.task >= len(tasks):
         raise UserError(f"--task {args.task}: the {args.split} split has {len(tasks)} tasks")

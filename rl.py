@@ -43,7 +43,7 @@ from envs import UserError
 from reflect_rl import (
     COMMON, Episode, Run, Step, adapter_parameters, add_options, check_settings, env_factory, gather,
     joined_processes, load_adapter, load_players, parse_args, play, rank, save_adapter,
-    short_name, show, sum_gradients, world,
+    say_memory, short_name, show, sum_gradients, world,
 )
 
 ALGORITHMS = {  # group: episodes of one task in a batch; epochs x minibatches: gradient steps on it
@@ -241,6 +241,9 @@ def loss_of(steps, players, critic, args, beta, sums):
     def column(name):
         return torch.tensor([getattr(step, name) for step in steps], device=players.device)
 
+    if args.kl:  # before the policy's own pass, whose adapter must be the active one in its backward pass
+        with torch.no_grad():
+            reference = players.log_probs(players.forward(steps, adapter="sft"), steps)
     logits, features = players.forward(steps, hidden=True)  # (N, V), (N, d)
     log_probs = players.log_probs(logits, steps)  # (N, A)
     log_prob = log_probs.gather(1, column("action")[:, None])[:, 0]  # (N,)
@@ -257,8 +260,6 @@ def loss_of(steps, players, critic, args, beta, sums):
     if critic:
         loss = loss + 0.5 * (critic(features) - column("target")).pow(2).mean()
     if args.kl:
-        with torch.no_grad():
-            reference = players.log_probs(players.forward(steps, adapter="sft"), steps)
         distance = kl_divergence(log_probs, reference)
         loss = loss + args.kl * distance.mean()
         sums["kl_sft"] += distance.sum().item()
@@ -356,6 +357,8 @@ def train(args, sft_adapters):
         batch = episodes + replayed(buffer, players, args, number)
         figures = {"step": number + 1, "episodes": (number + 1) * args.episodes, "stage": stage.name}
         figures |= evaluation.summary(episodes)
+        if number == done and rank() == 0:
+            say_need(steps_of(batch), players, parameters)
         figures |= give_advantages(batch, args, players, critic)
         figures |= update(steps_of(batch), players, critic, optimizer, args, number)
         buffer.extend(dataclasses.asdict(episode) for episode in episodes if args.replay and episode.success)
@@ -388,6 +391,17 @@ def make_learner(args, players, sft_adapters):
         groups.append({"params": list(critic.parameters())})
     optimizer = torch.optim.AdamW(groups, lr=args.rl_lr, weight_decay=0.0, fused=True)  # `update` sets the rates
     return critic, sum((group["params"] for group in groups), []), optimizer
+
+
+def say_need(steps, players, parameters):
+    """Print the memory that an update needs: before the first one, when the length of a prompt is known."""
+    longest = max(steps, key=lambda step: len(step.ids))
+
+    def learn(n):
+        copies = [dataclasses.replace(longest, prompt=str(i)) for i in range(n)]  # equal prompts would share a row
+        players.log_probs(players.forward(copies, hidden=True)[0], copies)[:, 0].sum().backward()
+
+    say_memory("rl", players.device, parameters, min(players.micro_batch, len(steps)), len(longest.ids), learn)
 
 
 def play_together(players, make_env, tasks, options, args, number):

@@ -28,9 +28,9 @@ import envs
 import negatives
 from envs import UserError
 from reflect_rl import (
-    COMMON, Players, Run, adapter_parameters, adapters_of, add_adapter, add_options, encode_all,
-    env_factory, load_base, parse_args, reflector_prompt, save_adapter, settings_of, short_name,
-    use_adapter,
+    COMMON, Run, adapter_parameters, adapters_of, add_adapter, add_options, encode_all, env_factory,
+    forward, load_players, parse_args, reflector_prompt, right_pad, save_adapter, say_memory,
+    settings_of, short_name, use_adapter,
 )
 
 DATA_OPTIONS = negatives.OPTIONS | {
@@ -39,6 +39,7 @@ DATA_OPTIONS = negatives.OPTIONS | {
 OPTIONS = {
     "reflect_steps": (400, "updates of the reflector", 1),
     "policy_steps": (140, "updates of the policy; few, so that RL has something left to explore", 1),
+    "targets": ("", "layers that get LoRA, by their last names, such as q_proj,v_proj; all linear ones if none"),
     "lr": (4e-3, "peak learning rate; the paper's is 2e-4, for a large model", 0.0),
 }
 OWN_OPTIONS = {
@@ -82,8 +83,7 @@ def reflect_examples(records, tokenizer):
     for prompt, whole, record in zip(alone, both, records, strict=True):
         completion = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:  # the two merged at the seam: the tokens of the reflection by itself
-            texts = tokenizer([record.reflection], add_special_tokens=False, split_special_tokens=True)
-            [completion] = texts["input_ids"]
+            [completion] = encode_all(tokenizer, [record.reflection], bos=False)
         pairs.append((prompt, [*completion, tokenizer.eos_token_id]))
     return pairs
 
@@ -104,14 +104,11 @@ def check_lengths(pairs, records, stage, players):
 
 def collate(pairs, device="cpu"):
     """(prompt, completion) ids -> ids (B, T), right-padded, and a mask of the completions' tokens (B, T)."""
-    longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    ids = torch.zeros(len(pairs), longest, dtype=torch.long)
-    mask = torch.zeros(len(pairs), longest, dtype=torch.bool)
+    ids = right_pad([[*prompt, *completion] for prompt, completion in pairs], device)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, (prompt, completion) in enumerate(pairs):
-        end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor([*prompt, *completion])
-        mask[row, len(prompt) : end] = True
-    return ids.to(device), mask.to(device)
+        mask[row, len(prompt) : len(prompt) + len(completion)] = True
+    return ids, mask
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -121,14 +118,13 @@ def collate(pairs, device="cpu"):
 def completion_loss(model, ids, mask):
     """Mean negative log-likelihood of the masked tokens, a scalar in nats, by the model's own forward.
 
-    Logits are made only at positions before a token that counts in some row. Right padding needs no attention mask: a
-    causal model never looks to the right.
+    Logits are made only at positions before a token that counts in some row.
     """
     counts = mask[:, 1:]  # (B, T-1): whether position t predicts a token that counts
     if not counts.any():
         raise ValueError("no completion token in this batch: the loss would be 0 or NaN")
     keep = counts.any(0).nonzero()[:, 0]  # (K,)
-    logits = model(ids, use_cache=False, logits_to_keep=keep).logits  # (B, K, V)
+    logits = forward(model, ids, keep).logits  # (B, K, V)
     counts = counts[:, keep]
     return F.cross_entropy(logits[counts].float(), ids[:, 1:][:, keep][counts])
 
@@ -183,13 +179,18 @@ def fit(run, players, stage, pairs, records, steps, args):
     parameters = adapter_parameters(players.model, stage)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     done, _ = run.restore(parameters, optimizer)
+    longest = max(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    texts = min(args.batch, players.micro_batch, len(pairs))
+    use_adapter(players.model, stage)
+    say_memory(stage, players.device, parameters, texts, len(longest[0]) + len(longest[1]),
+               lambda n: loss_of([longest] * n, players, backward=True))
     for step in tqdm(range(done, steps), initial=done, total=steps, desc=stage, unit="update", disable=None):
         lr = optimizer.param_groups[0]["lr"] = lr_at(step, steps, args.lr)
         use_adapter(players.model, stage)
         loss = loss_of(batch_at(pairs, step, args), players, backward=True)
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM).item()
         if not math.isfinite(norm):
-            raise UserError(f"update {step + 1}: the gradient is not finite; try a smaller --lr, or --bf16 off")
+            raise UserError(f"update {step + 1}: the gradient is not finite; try a smaller --lr, or --dtype fp32")
         optimizer.step()
         optimizer.zero_grad()
         figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr}
@@ -249,8 +250,7 @@ def run(args, stages):
         return print(f"{folder}: done already")
     # What cannot work leaves no folder behind: the environment, the base and one's own records come first.
     make_env()
-    model, tokenizer = load_base(args.base, args.device)
-    players = Players(model, tokenizer, True, args.labels, args.max_reflection, args.bf16, args.micro_batch)
+    players = load_players(args, {})
     own = negatives.hold_out(negatives.read_records(args.data)) if args.data else None
 
     whole = Run(folder, sft_args(args), resume=True, wait=True)
@@ -265,11 +265,11 @@ def run(args, stages):
         check_lengths(examples_of(sample, stage, players), sample, stage, players)
     for stage in todo:
         torch.manual_seed(args.seed)
-        add_adapter(model, stage, args.rank, args.alpha)
+        add_adapter(players.model, stage, args.rank, args.alpha, args.targets.split(",") if args.targets else None)
         stage_run = Run(folder / stage, sft_args(args), resume=True)
         steps = args.reflect_steps if stage == "reflect" else args.policy_steps
         fit(stage_run, players, stage, pairs[stage], sample, steps, args)
-        save_adapter(model, stage, folder / stage)
+        save_adapter(players.model, stage, folder / stage)
         stage_run.lock.release()
     whole.lock.release()
 

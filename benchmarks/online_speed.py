@@ -33,7 +33,7 @@ import sft
 from envs import run_main
 from reflect_rl import (
     COMMON, adapter_parameters, adapters_of, add_adapter, add_options, as_trained, env_factory, load_players,
-    one_line, parse_args, play, reflector_prompt, use_adapter,
+    one_line, parse_args, play, reflector_prompt, right_pad, use_adapter,
 )
 
 # ---------------------------------------------------------------------------------------------------------
@@ -104,9 +104,8 @@ def given_the_texts(players):
         states = list(dict.fromkeys(episode.state for episode in episodes))
         use_adapter(players.model, "reflect")
         rows = [players.tokenizer(reflector_prompt(state))["input_ids"] for state in states]
-        ids, mask, positions = players.left_pad(rows)
         with torch.inference_mode():
-            players.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+            players.model(right_pad(rows, players.device), use_cache=True, logits_to_keep=1)
         return players(episodes, {})
 
     return act

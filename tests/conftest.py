@@ -266,7 +266,7 @@ def subprocess_of(*command, code=0, **options):
 
 def tiny_options(base, runs):
     """Options of a run of a second or two on Corridor, for every script; SFT's are those of RL."""
-    where = ["--env", "corridor:Corridor", "--base", base, "--runs", runs, "--device", "cpu", "--bf16", "off"]
+    where = ["--env", "corridor:Corridor", "--base", base, "--runs", runs, "--device", "cpu"]
     size = ["--trajectories", 10, "--reflect-steps", 3, "--policy-steps", 3, "--max-reflection", 8]
     return [*where, *size]
 

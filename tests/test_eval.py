@@ -121,7 +121,7 @@ def test_groups_are_reported_apart(capsys):
 
 
 def eval_options(runs, *more):
-    return ["--env", "corridor:Corridor", "--runs", runs, "--repeats", 1, "--device", "cpu", "--bf16", "off", *more]
+    return ["--env", "corridor:Corridor", "--runs", runs, "--repeats", 1, "--device", "cpu", *more]
 
 
 def test_table_of_all_runs(runs, bases, capsys, monkeypatch):

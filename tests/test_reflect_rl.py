@@ -96,7 +96,7 @@ TARGETS = [("gpt2", ["c_attn"]), ("gpt2", ["c_attn", "c_proj", "c_fc"]), ("llama
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("shape, targets", [*TARGETS, ("llama", "all-linear"), ("gpt2", "ours"), ("llama", "ours")])
+@pytest.mark.parametrize("shape, targets", [*TARGETS, ("llama", "all-linear"), ("llama", "second layer"), ("gpt2", "ours"), ("llama", "ours")])
 def test_peft_agrees(shape, targets, bases, tmp_path):
     """Catches a key, a `fan_in_fan_out` or a scale that peft reads otherwise, an adapter of peft's (partial targets,
     random B) that we read onto the wrong layers."""
@@ -109,6 +109,8 @@ def test_peft_agrees(shape, targets, bases, tmp_path):
         theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
     else:
         fields = {"r": 4, "lora_alpha": 16, "task_type": "CAUSAL_LM", "fan_in_fan_out": shape == "gpt2"}
+        if targets == "second layer":
+            fields, targets = fields | {"layers_to_transform": [1]}, ["q_proj", "down_proj"]
         config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, **fields)
         theirs = peft.get_peft_model(plain, config).eval()
         theirs.save_pretrained(tmp_path)
@@ -119,8 +121,8 @@ def test_peft_agrees(shape, targets, bases, tmp_path):
 
 
 FIELDS = {"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head"], "rank_pattern": {"c_fc": 2}}
-FIELDS |= {"alpha_pattern": {"c_fc": 2}, "layers_to_transform": [0], "bias": "all", "peft_type": "LOHA"}
-FIELDS |= {"alora_invocation_tokens": [5], "init_lora_weights": "pissa_niter_4"}
+FIELDS |= {"alpha_pattern": {"c_fc": 2}, "trainable_token_indices": [0], "lora_bias": True, "bias": "all", "peft_type": "LOHA"}
+FIELDS |= {"alora_invocation_tokens": [5], "of_another_year": 1, "r": "16", "lora_alpha": None, "init_lora_weights": "pissa_niter_4"}
 DAMAGES = ["no config", "half a config", "no weights", "half of the weights", "NaN weights", "wrong base", *FIELDS]
 
 
@@ -133,7 +135,7 @@ def test_what_is_no_whole_plain_adapter_of_this_base_is_refused(damage, bases, t
     file, reason = config if "config" in damage else weights, "no complete adapter"
     if damage in FIELDS:
         config.write_text(json.dumps(json.loads(config.read_text()) | {damage: FIELDS[damage]}))
-        reasons = {"bias": "without biases", "peft_type": "not LOHA", "init_lora_weights": "has changed the base"}
+        reasons = {"bias": "without biases", "peft_type": "not LOHA", "r": "no rank", "lora_alpha": "no number"}
         reason = reasons.get(damage, f"not {damage}")
     elif damage == "NaN weights":
         tensors, reason = load_file(weights), "not finite"
@@ -613,9 +615,9 @@ def parsed(*options):
 
 def test_options_are_what_was_typed(tmp_path):
     found = parsed()
-    assert {key: found[key] for key in TABLE} == {key: row[0] for key, row in TABLE.items()} and found["bf16"] is False
-    found = parsed("--whole", "7", "--share", "0", "--kind", "b", "--flag", "--no-habit", "--text", "x", "--bf16", "on")
-    assert [found[key] for key in TABLE] == [7, 0.0, "b", True, False, "x"] and found["bf16"] is True
+    assert {key: found[key] for key in TABLE} == {key: row[0] for key, row in TABLE.items()}
+    found = parsed("--whole", "7", "--share", "0", "--kind", "b", "--flag", "--no-habit", "--text", "x")
+    assert [found[key] for key in TABLE] == [7, 0.0, "b", True, False, "x"]
     found = parsed("--env-option", "a=b=c", "--env-option", "n=3", "--env-option", "x=", "--repos", "r")
     assert found["env_option"] == [("a", "b=c"), ("n", 3), ("x", ""), ("repos", str(Path("r").absolute()))]
     assert parsed()["env_option"] == [], "the options of the last call stay"

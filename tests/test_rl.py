@@ -86,7 +86,7 @@ def rl_args(*options):
     """The resolved options of `python rl.py options`."""
     panel = {"repeats": evaluation.OPTIONS["repeats"]}
     tables = (sft.DATA_OPTIONS, sft.OPTIONS, rl.OPTIONS, panel)
-    args = resolved("--device", "cpu", "--bf16", "off", *options, tables=tables)
+    args = resolved("--device", "cpu", *options, tables=tables)
     rl.resolve(args)
     return args
 
@@ -105,7 +105,7 @@ def start(bases, tmp_path_factory):
 
 def walk_options(base, runs, *more):
     """The command line of a run of a second or two on Walk."""
-    where = ["--env", "test_rl:Walk", "--base", base, "--runs", runs, "--device", "cpu", "--bf16", "off"]
+    where = ["--env", "test_rl:Walk", "--base", base, "--runs", runs, "--device", "cpu"]
     size = ["--max-reflection", 6, "--updates", 6, "--episodes", 8, "--eval-every", 3, "--repeats", 1]
     return [str(option) for option in [*where, *size, *more]]
 
@@ -589,8 +589,10 @@ def test_names_of_runs(options, trained, capsys, monkeypatch):
 
 def test_another_micro_batch_gives_the_same_run(options, trained, monkeypatch):
     """Bug: a forward pass that forgets the limit (PPO's last states, held-out records), or a result that depends."""
-    rows, real = [], reflect_rl.Players.left_pad
-    monkeypatch.setattr(reflect_rl.Players, "left_pad", lambda *ids, **room: rows.append(ids[1]) or real(*ids, **room))
+    rows, real = [], reflect_rl.Players.check_length
+    monkeypatch.setattr(
+        reflect_rl.Players, "check_length", lambda *ids, **room: rows.append(ids[1]) or real(*ids, **room)
+    )
     more = ("--algo", "ppo", "--replay", 4, "--updates", 2)
     one = trained(options(*more, runs="one"))
     assert max(map(len, rows)) > 3

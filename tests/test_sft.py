@@ -29,7 +29,7 @@ def some_records(n=4, **options):
 
 def players_for(tokenizer, **options):
     """Players that only tokenize."""
-    model = types.SimpleNamespace(device="cpu", config=PretrainedConfig())
+    model = types.SimpleNamespace(device="cpu", config=PretrainedConfig(), forward=len, _is_stateful=False)
     return reflect_rl.Players(model, tokenizer, **options)
 
 
@@ -294,7 +294,7 @@ def test_other_settings_have_another_folder(tmp_path, monkeypatch):
         (tmp_path / "own.jsonl").write_text(text)
         folders.append(folder(f"--data {tmp_path / 'own.jsonl'}", sft.OWN_OPTIONS))
     assert len(set(folders)) == len(folders) and all("-sft-s" in path.name for path in folders)
-    for same in ("--micro-batch 3 --bf16 on", "--algo ppo --name x", "--no-reflection"):
+    for same in ("--micro-batch 3 --dtype autocast", "--algo ppo --name x", "--no-reflection"):
         more = [sft.OWN_OPTIONS] if "micro" in same else [rl.OPTIONS]
         assert folder(same, *more) == folders[0]
     assert folder("--negatives 0", sft.OWN_OPTIONS) == folder("--no-negatives", sft.OWN_OPTIONS)

@@ -599,7 +599,7 @@ def train(args):
     labels = labels_of(names, tokenizer)
     torch.manual_seed(args.seed)
     model = new_base(len(tokenizer), args.width, args.layers).to(args.device)
-    players = Players(model, tokenizer, bf16=args.bf16, micro_batch=MICRO_BATCH)
+    players = Players(model, tokenizer, dtype="autocast" if args.bf16 else "fp32", micro_batch=MICRO_BATCH)
     optimizers, start, checkpoint = optimizers_of(model, args.lr), 0, out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
