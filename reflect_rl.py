@@ -215,13 +215,12 @@ class LoRALinear(nn.Module):
     def forward(self, x):  # (..., d_in) -> (..., d_out)
         if self.active is None:
             return self.base(x)
-        # The scale goes on A, which is smaller than x.
-        A, B = self.lora_A[self.active] * self.scale[self.active], self.lora_B[self.active]
+        # The scale goes on A, which is smaller than x. The weights are fp32, the product has x's type.
+        A, B = (self.lora_A[self.active] * self.scale[self.active]).to(x.dtype), self.lora_B[self.active].to(x.dtype)
         if self.merges(x):
             W = self.weight.T if isinstance(self.base, Conv1D) else self.weight
             return F.linear(x, torch.addmm(W, B, A), self.base.bias)
-        y = self.base(x)
-        return y + F.linear(F.linear(x.to(A.dtype), A), B).to(y.dtype)  # rank r in between: never a full-size matrix
+        return self.base(x) + F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
 
     def merges(self, x):
         """Whether W + B A, made for this call only, is the faster way: many tokens, and no gradient is wanted.
