@@ -239,12 +239,16 @@ def plain_layers(model):
     """`{path: layer}` of the linear layers that LoRA can change: those that a pass over text calls, but the LM head.
 
     A vision tower is not called. A layer whose weight another module reads by itself (Mamba's fast path) is left alone,
-    as `peft` does. Of the experts of a mixture a pass calls a few, and all count.
+    as `peft` does. Of the experts of a mixture a pass calls a few, and all count; where they are one fused tensor,
+    `peft` takes the names of other layers' projections for theirs, so those are left alone, too.
     """
     layers, called = {}, set()
+    fused = any("experts" in path and weight.ndim == 3 for path, weight in model.named_parameters())
     for path, module in model.named_modules():
         parent, _, leaf = path.rpartition(".")
         if not isinstance(module, (nn.Linear, Conv1D, LoRALinear)) or module is model.get_output_embeddings():
+            continue
+        if fused and leaf in ("gate_proj", "up_proj", "down_proj"):
             continue
         code = source_of(type(model.get_submodule(parent)))
         if leaf != "base" and not re.search(rf"self\.{leaf}\.weight\b(?!\.dtype)", code):
@@ -261,10 +265,15 @@ def plain_layers(model):
     for path, layer in layers.items():
         hooks.append(layer.register_forward_hook(lambda layer, x, result, path=path: note(path, result)))
     with torch.no_grad():
-        model(torch.arange(8, device=model.device)[None], use_cache=False)
+        model(probe(model), use_cache=False)
     for hook in hooks:
         hook.remove()
     return {path: layer for path, layer in layers.items() if kind(path) in called}
+
+
+def probe(model):
+    """A short text, (1, 8): tokens from the middle of the vocabulary, since its first ones may be padding."""
+    return torch.arange(8, device=model.device)[None] + model.get_input_embeddings().weight.shape[0] // 2
 
 
 @functools.cache
@@ -447,8 +456,8 @@ def check_base(model, tokenizer, path):
         raise UserError(f"the tokenizer of {path} takes {tokenizer.eos_token} in a text for its end")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError(f"{path} has weights that are not finite")
-    ids = torch.arange(8, device=model.device).repeat(2, 1)
-    ids[1, -1] = 8  # two texts that differ in their last token
+    ids = probe(model).repeat(2, 1)
+    ids[1, -1] += 1  # two texts that differ in their last token
     try:
         with torch.no_grad():
             one, other = model(ids, use_cache=False).logits[:, :-1].float()
@@ -512,16 +521,32 @@ class Players:
         self.reflection, self.max_reflection = reflection, max_reflection
         self.dtype, self.micro_batch = dtype, micro_batch
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        # How the model decodes: the name of its cache, and whether rows of several lengths can share one. A state that
-        # is updated token by token (Mamba and its kind) would take in the padding, and no row could leave it.
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-        stateful = model._is_stateful or kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-        self.can_pad = not stateful and takes(model, "attention_mask", "position_ids", "past_key_values")
         self.cache_name = "cache_params" if takes(model, "cache_params") else "past_key_values"
         self.last_logits = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         # The reflector is frozen and greedy: its reflection of a state is written once.
         self.reflections = {}
         self.counts = collections.Counter(hits=0, misses=0, cuts=0)  # of reflections: known, written, cut off
+
+    @functools.cached_property
+    def counts_from_0(self):
+        """Whether the model takes positions and counts them from 0, as most do."""
+        if not takes(self.model, "position_ids"):
+            return False
+        ids = probe(self.model)
+        with torch.no_grad(), self.autocast():
+            own = self.model(ids).logits
+            ours = self.model(ids, position_ids=torch.arange(8, device=self.device)[None]).logits
+        return torch.allclose(own, ours, atol=1e-3 * own.abs().max().item())
+
+    @functools.cached_property
+    def can_pad(self):
+        """Whether rows of several lengths can be decoded together.
+
+        A state that is updated token by token (Mamba and its kind) would take in the padding, and no row can leave it.
+        """
+        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
+        stateful = self.model._is_stateful or kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+        return not stateful and self.counts_from_0 and takes(self.model, "attention_mask", "past_key_values")
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "autocast")
@@ -574,9 +599,9 @@ class Players:
         playing, going = list(range(len(rows))), set(range(len(rows)))
         written, cache, use_cache = [[] for _ in rows], None, takes(self.model, self.cache_name)
         for _ in range(self.max_reflection):
-            inputs = {}
-            if self.can_pad:
-                inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
+            inputs = {"attention_mask": mask} if self.can_pad else {}
+            if self.counts_from_0:
+                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             if cache:
                 inputs[self.cache_name] = cache
             with self.autocast():
@@ -840,7 +865,7 @@ def show(episode):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Options: tables `{name: (default, what it is)}`, with a third entry for the allowed values or the least one
+# Options: tables `{name: (default, what it is)}`, with a third entry for the allowed values, the least one, or a type
 
 COMMON = {
     "env": ("taxi", "taxi, autoexplore, alfworld, or yours as package.module:Class"),
@@ -871,6 +896,9 @@ def add_options(parser, *tables):
             details |= {"action": "append", "type": key_and_value, "metavar": "KEY=VALUE"}
         elif limit and isinstance(limit[0], tuple):
             details["choices"] = limit[0]
+        elif limit and callable(limit[0]):
+            details["type"] = limit[0]
+            details["help"] += f" (default: {default})"
         else:
             details["type"] = number(type(default), *limit) if limit else type(default)
             details["help"] += f" (default: {default})" if default != "" else ""
