@@ -123,20 +123,48 @@ def read_head(path):
 # What `cat` shows
 
 CODE = ("py", "pyi", "js", "ts", "sh", "c", "h", "cpp", "go", "rs", "java", "rb", "sql")
-COMMENT = re.compile(r"\s*(?:#+|//+|--|/?\*+|[rR]?\"\"\"|''')\s*(\w.*)")
-DEFINITION = re.compile(r"\s*(?:async |export |public |static )*(?:def|class|function|func?|fn)\s+(\w+)")
+COMMENT = re.compile(r"\s*(?:#+|//+|--|/?\*+(?=\s)|[rR]?\"\"\"|''')\s*(\w.*)")
+DEFINITION = re.compile(r"\s*(?:async |export |public |static )*(?:def|class|function|func?|fn)\s+(?!__)(\w+)")
+PROSE = ("md", "rst", "txt", "tex", "org", "adoc", "readme")
+BLOCKS = (  # markup of paragraphs: what is found, what is shown
+    (r"(?ms)^(```|:::).+?\n\1$\n?", ""),  # code and boxes
+    (r"(?m)^(\w.*)\n([=~^\"'*+-])\2{2,}$", r"# \1"),  # underlined headings
+    (r"(?m)^([^\w\s])\1{2,}\n", ""),  # rules
+    (r"(?m)^ *(?:\.\. |:[\w-]+:(?!`)|[<{]|\([\w-]+\)=$|\[?!\[|```).*\n?", ""),  # directives, anchors, HTML, badges
+)
+SPANS = (  # markup of words
+    (r"(?:[:{][\w:-]{1,40}[:}])?`{1,3}~?([^`<\n]{1,80}?) ?(?:<[^`\n]{1,200}>)?`{1,3}_*", r"\1"),  # :class:`~a.B`
+    (r"\[([^\[\]]{1,80})\]\([^()\n]*\)", r"\1"),  # links
+)
 
 
 def suffix_of(name):
     return name.rstrip('"').rpartition(".")[2].lower()
 
 
+def replaced(text, rules):
+    for pattern, new in rules:
+        text = re.sub(pattern, new, text)
+    return text
+
+
+def unwrapped(text, start, mark=""):
+    """The text with each sentence on one line: a long line without a final mark goes on in the next. The first line
+    begins with the pattern `start`, the others with `mark`."""
+    line, more = r'(?:(?!""").)*', rf"\n[ \t]*{mark}(?=[\w(`]|:[a-z:]{{1,20}}:`)"
+    # A capital letter begins a new sentence unless the line is as long as wrapped ones are; a `|` stands in a table.
+    end = rf'(?<![.!?:"])(?:(?<=[^|\n]{{60}}){more}|(?<=[^|\n]{{35}}){more}(?![A-Z]))'
+    return re.sub(rf"(?m)^[ \t]*{start}{line}(?:{more}{line})+", lambda lines: re.sub(end, " ", lines[0]), text)
+
+
 def shown_text(name, text):
     """What `cat` shows before it is cut to its budget.
 
-    Long code begins with a licence and imports, so an outline of it is shown: comments, first lines of docstrings, and
-    what is defined.
+    Prose is shown without its markup. Long code begins with a licence and imports, so an outline of it is shown:
+    comments, first sentences of docstrings, and what is defined.
     """
+    if suffix_of(name) in PROSE:
+        return replaced(text, BLOCKS + SPANS).strip("\n") or text
     if suffix_of(name) not in CODE:
         return text
     header = re.match(r"(?:[ \t]*(?:#|//|/?\*).*\n)+", text)
@@ -144,13 +172,15 @@ def shown_text(name, text):
         text = text[header.end() :]
     if text.count("\n") < 15:
         return text
-    text = re.sub(r"(?m)^([ \t]*[rR]?\"\"\")\n\s*(?=[A-Z])", r"\1", text)  # docstrings that begin on their second line
+    # Docstrings that begin on their second line. Quotes that end one stand behind neither `:` nor the file's beginning.
+    text = re.sub(r"(?m)((?:\A|:\n)[ \t]*[rR]?\"\"\")\n\s*(?=[A-Z])", r"\1", text)
+    text = unwrapped(unwrapped(text, "#", "# ?"), "[rR]?\"\"\"(?=\\w)")
     outline = []
     for line in text.split("\n"):
         found = DEFINITION.match(line) or COMMENT.match(line)
         if found:
             outline.append(found[0].strip())
-    return "\n".join(outline) or text
+    return replaced("\n".join(dict.fromkeys(outline)), SPANS) or text
 
 
 def count_tokens(text):
@@ -187,27 +217,33 @@ def shown_tree(tree):
 # ---------------------------------------------------------------------------------------------------------
 # Facts: what a question can be asked about, `(noun, verb, phrase)`
 
+# of files that say nothing of their own: licences, lists of changes, what a program wrote
+BOILERPLATE = re.compile(r"(?im)copyright|auto-?\s?generated|^#+ (?:version )?\[?v?\d+\.\d+")
+
 
 def facts_of(name, text):
     """The facts in what `cat` shows of a file."""
-    if text.endswith(CUT):  # the last line may have been cut within
-        text = "\n".join(text.split("\n")[:-2])
-    if not text or text.startswith(NOTES):
-        return []
     suffix = suffix_of(name)
+    if suffix in PROSE:
+        text = unwrapped(text, "(?!#)")
+    if text.endswith(CUT):  # the last sentence or row may have been cut within
+        last = r"(?:[^.!?\n]|[.!?](?=\S))*[.!?]?" if suffix in (*CODE, *PROSE) else r".*"
+        text = re.sub(last + r"\n?\Z", "", text.removesuffix(CUT).rstrip("\n")).rstrip("\n")
+    if not text or text.startswith(NOTES) or BOILERPLATE.search(text):
+        return []
     if suffix in ("csv", "tsv"):
         return table_facts(text, "," if suffix == "csv" else "\t")
     if suffix in ("json", "yaml", "yml", "toml", "ini", "cfg"):
         return key_facts(text)
     if suffix in CODE:
         return code_facts(text)
-    return prose_facts(text)
+    return prose_facts(text) if suffix in PROSE else []
 
 
 def sentences(text):
     """Short sentences, without the final mark and with a small first letter."""
     found = []
-    for part in re.split(r"(?<=[.!?:])\s", text):
+    for part in re.split(r"(?<=[!?:])\s|(?<=\.)\s(?![a-z])", text):
         part = part.strip(" \"'*#/-")
         if part[:1].isalpha():
             part = part.rstrip(".!?:\"'* ")
@@ -301,7 +337,7 @@ def is_unique(phrase, path, holders, texts, shown):
     """Whether a phrase has two to seven words of meaning, and no other file has them all where one would look: in the
     names of its directories together with a single line, or with what `cat` shows of it."""
     stems = stems_of(phrase)
-    if not 2 <= len(stems) <= 7 or len(phrase) > 90 or "|" in phrase:
+    if not 2 <= len(stems) <= 7 or len(phrase) > 90 or re.search(r"[|`<>{}\[\]=\\]|://|^\S*$|[;,]$", phrase):
         return False
     others = set.intersection(*(holders[word] for word in stems)) - {path}
     if len(others) > 5:  # common words: a poor question, and too many files to look through
@@ -330,7 +366,9 @@ def tasks_of_tree(tree, repo, kind, rng, per_file, most=400, hint=0.9):
     A question is refused when another file answers it too, or when it quotes the file's name. A directory on the way
     whose name the question does not touch is mentioned in it with probability `hint`.
     """
-    texts, shown, pages = dict(files_of(tree)), dict(files_of(shown_tree(tree))), page_numbers(tree)
+    texts, shown, pages = {}, dict(files_of(shown_tree(tree))), page_numbers(tree)
+    for path, text in files_of(tree):
+        texts[path] = unwrapped(text, "(?!#)") if suffix_of(path[-1]) in PROSE else text
     holders = collections.defaultdict(set)  # stem -> the files that have it
     for path, text in texts.items():
         for word in stems_of(" ".join([text, *path[:-1]])):
@@ -384,17 +422,18 @@ def ask(splits, trees, kind, per_file):
 
 
 @functools.cache
-def read(path):
+def read(path, test_only=False):
     """`{"repos": {name: tree}, "tasks": {split: tasks}}` of a directory: of its subdirectories, if it has nothing
-    else, or of itself. Of a file: what is in it, checked."""
+    else, or of itself. Of a file: what is in it, checked. `test_only`: no repository is for training."""
     if not os.path.isdir(path):
         return read_file(path)
     trees = read_directory(path)
     inside = [name for name in trees if isinstance(trees[name], dict) and any(files_of(trees[name]))]
     if not inside or len(inside) < len(trees):
         trees = {show_name(os.path.basename(os.path.abspath(path)) or "root"): trees}
-    tasks = ask(split_repositories(trees), trees, "your own", PER_FILE)
-    if not tasks["train"]:
+    splits = {"test": sorted(trees)} if test_only else split_repositories(trees)
+    tasks = ask(splits, trees, "your own", PER_FILE)
+    if not tasks["test" if test_only else "train"]:
         raise UserError(f"no question could be made from the files of {path!r}: too few text files")
     for split in ("valid", "test"):  # too few repositories to keep one apart: unseen questions must do
         tasks[split] = tasks[split] or tasks[f"{split}_seen"]
@@ -650,16 +689,17 @@ def main():
     parser = argparse.ArgumentParser(description="Make AutoExplore's data.", allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="make the shipped file again and compare")
     parser.add_argument("--repos", metavar="DIR", help="ask about this directory instead; needs --out")
+    parser.add_argument("--test-only", action="store_true", help="with --repos: all are for testing, none for training")
     parser.add_argument("--out", metavar="FILE", help="file to write, .json or .json.gz (default: repos.json.gz here)")
     args = parser.parse_args()
     if args.check:
         if read_file(str(SHIPPED)) != make():
             raise SystemExit(f"{SHIPPED} is not what prepare.py makes")
         print(f"{SHIPPED} is what prepare.py makes")
-    elif args.repos and not args.out:
-        parser.error("--repos needs --out FILE")
+    elif (args.repos and not args.out) or (args.test_only and not args.repos):
+        parser.error("--repos needs --out FILE, --test-only needs both")
     else:
-        write(read(args.repos) if args.repos else make(), args.out or SHIPPED)
+        write(read(args.repos, args.test_only) if args.repos else make(), args.out or SHIPPED)
 
 
 if __name__ == "__main__":
