@@ -36,9 +36,19 @@ from reflect_rl import (
 DATA_OPTIONS = negatives.OPTIONS | {
     "data": ("", "train on this JSONL file of records instead of the teacher's; every sixth trajectory is held out"),
 }
+
+
+def updates_or_auto(text):
+    """An argparse type: a number of updates, or `auto`."""
+    if text != "auto" and int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, or auto, not {text}")
+    return text if text == "auto" else int(text)
+
+
 OPTIONS = {
-    "reflect_steps": (400, "updates of the reflector", 1),
-    "policy_steps": (140, "updates of the policy; few, so that RL has something left to explore", 1),
+    "reflect_steps": (400, "updates of the reflector; auto: to the minimum of the held-out loss", updates_or_auto),
+    "policy_steps": (140, "updates of the policy, few, so that RL has something left to explore; or auto",
+                     updates_or_auto),
     "targets": ("", "layers that get LoRA, by their last names, such as q_proj,v_proj; all linear ones if none"),
     "lr": (4e-3, "peak learning rate; the paper's is 2e-4, for a large model", 0.0),
 }
@@ -50,6 +60,8 @@ OWN_OPTIONS = {
 CLIP_NORM = 1.0  # largest norm of a gradient
 HELD_OUT = 128  # records of the valid split that are looked at, every REPORT_EVERY updates
 REPORT_EVERY = 100
+MOST_UPDATES = 5000  # of a stage that stops by itself
+LOOK_EVERY, PATIENCE = 25, 200  # updates between its looks at the held-out loss; without a new minimum until it stops
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -174,18 +186,24 @@ def batch_at(pairs, step, args):
 def fit(run, players, stage, pairs, records, steps, args):
     """Minimise the loss of `pairs` for `steps` updates, or go on from the run's checkpoint.
 
-    Some held-out `records` are looked at now and then.
+    Some held-out `records` are looked at now and then. `steps="auto"` stops when their loss has not fallen for a while,
+    and goes back to its minimum: so that arms that learn at different speed can be compared.
     """
     parameters = adapter_parameters(players.model, stage)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-    done, _ = run.restore(parameters, optimizer)
+    done, saved = run.restore(parameters, optimizer)
+    best = saved.get("best", {"loss": math.inf, "step": 0, "weights": []})
     longest = max(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
     texts = min(args.batch, players.micro_batch, len(pairs))
     use_adapter(players.model, stage)
     say_memory(stage, players.device, parameters, texts, len(longest[0]) + len(longest[1]),
                lambda n: loss_of([longest] * n, players, backward=True))
-    for step in tqdm(range(done, steps), initial=done, total=steps, desc=stage, unit="update", disable=None):
-        lr = optimizer.param_groups[0]["lr"] = lr_at(step, steps, args.lr)
+    auto = steps == "auto"
+    last = MOST_UPDATES if auto else steps
+    for step in tqdm(range(done, last), initial=done, total=last, desc=stage, unit="update", disable=None):
+        if auto and step - best["step"] >= PATIENCE:
+            break
+        lr = optimizer.param_groups[0]["lr"] = lr_at(step, last, args.lr)
         use_adapter(players.model, stage)
         loss = loss_of(batch_at(pairs, step, args), players, backward=True)
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM).item()
@@ -194,21 +212,37 @@ def fit(run, players, stage, pairs, records, steps, args):
         optimizer.step()
         optimizer.zero_grad()
         figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr}
-        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % REPORT_EVERY == 0 or step + 1 == last:
             figures |= held_out(players, records, stage)
             tqdm.write(
                 f"{stage:8} update {step + 1:4}: held-out loss {figures['valid_loss']:.3f} nats, "
                 f"{figures['valid_exact']:.0%} just as the teacher"
             )
+        elif auto and (step + 1) % LOOK_EVERY == 0:
+            figures["valid_loss"] = held_out_loss(players, records, stage)
+        if auto and figures.get("valid_loss", math.inf) < best["loss"]:
+            weights = [parameter.detach().cpu().clone() for parameter in parameters]
+            best = {"loss": figures["valid_loss"], "step": step + 1, "weights": weights}
         run.log(figures)
-        run.save(step + 1, parameters, optimizer)
+        run.save(step + 1, parameters, optimizer, best=best)
+    if auto:
+        print(f"{stage}: held-out loss {best['loss']:.3f} nats after {best['step']} updates, its minimum")
+        with torch.no_grad():
+            for parameter, weights in zip(parameters, best["weights"], strict=True):
+                parameter.copy_(weights)
+
+
+@torch.no_grad()
+def held_out_loss(players, records, stage):
+    """The loss of held-out records in nats a token."""
+    use_adapter(players.model, stage)
+    return loss_of(examples_of(records, stage, players), players)
 
 
 @torch.no_grad()
 def held_out(players, records, stage):
-    """Loss on held-out records in nats a token, and how often the greedy output is the teacher's."""
-    use_adapter(players.model, stage)
-    figures, right = {"valid_loss": loss_of(examples_of(records, stage, players), players)}, 0
+    """Loss of held-out records, and how often the greedy output is the teacher's."""
+    figures, right = {"valid_loss": held_out_loss(players, records, stage)}, 0
     if stage == "reflect":
         players.reflections.clear()  # the reflector has changed
         for written, record in zip(players.reflect([record.state for record in records]), records, strict=True):

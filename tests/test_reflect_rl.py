@@ -461,6 +461,7 @@ def test_reflections_are_remembered(bases):
     state, an answer lost because it was evicted at once."""
     players, free = make_players(bases["gpt2"]), make_players(bases["gpt2"])
     a, b, *rest = taxi_states(6)
+    assert players.can_pad  # asked of the model once
     rows = rows_of(players.model)
     first = players.reflect([a, b, a])
     assert rows[0] == 2 and first[0] == first[2] and dict(players.counts) == {"misses": 2, "hits": 1, "cuts": 2}

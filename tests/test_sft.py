@@ -29,7 +29,7 @@ def some_records(n=4, **options):
 
 def players_for(tokenizer, **options):
     """Players that only tokenize."""
-    model = types.SimpleNamespace(device="cpu", config=PretrainedConfig(), forward=len, _is_stateful=False)
+    model = types.SimpleNamespace(device="cpu", config=PretrainedConfig(), forward=len)
     return reflect_rl.Players(model, tokenizer, **options)
 
 
@@ -234,6 +234,37 @@ def assert_equal_runs(one, other):
         a, b = (load_file(sft_folder(runs) / stage / "adapter_model.safetensors") for runs in (one, other))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
         assert read_log(sft_folder(one) / stage) == read_log(sft_folder(other) / stage)
+
+
+def test_auto_stops_at_the_minimum_of_the_held_out_loss(bases, tmp_path, monkeypatch):
+    """Catches weights of the last update instead of the best, a minimum that a resume forgets, a stop that never comes
+    or comes at once: a rate far too high, so that the loss soon rises again."""
+    monkeypatch.setattr(sft, "LOOK_EVERY", 2)
+    monkeypatch.setattr(sft, "PATIENCE", 6)
+    options = ["--stage", "policy", "--policy-steps", "auto", "--lr", 0.05, "--batch", 4]
+    for runs, stops in ((tmp_path / "whole", ()), (tmp_path / "cut", (3, 5, 8))):
+        for stop in stops:
+            with monkeypatch.context() as patch:
+                patch.setattr(sft, "batch_at", lambda *args, at=sft.batch_at, stop=stop: killed_at(stop, at, *args))
+                with pytest.raises(Killed):
+                    run_script(sft, *tiny_options(bases["gpt2"], runs), *options, monkeypatch=patch)
+        run_script(sft, *tiny_options(bases["gpt2"], runs), *options, monkeypatch=monkeypatch)
+    folder = sft_folder(tmp_path / "whole")
+    losses = {line["step"]: line["valid_loss"] for line in read_log(folder / "policy") if "valid_loss" in line}
+    best = min(losses, key=losses.get)
+    assert 2 <= best < max(losses) == best + 6 and all(step % 2 == 0 for step in losses)
+    players = reflect_rl.load_players(resolved("--base", bases["gpt2"]), {"policy": folder / "policy"})
+    records = sft.negatives.read_records(folder / "data" / "valid.jsonl")
+    assert sft.held_out_loss(players, records, "policy") == pytest.approx(losses[best], abs=1e-5)
+    other = sft_folder(tmp_path / "cut")
+    a, b = (load_file(run / "policy" / "adapter_model.safetensors") for run in (folder, other))
+    assert all(torch.equal(a[key], b[key]) for key in a) and read_log(folder / "policy") == read_log(other / "policy")
+
+
+def killed_at(stop, batch_at, pairs, step, args):
+    if step == stop:
+        raise Killed
+    return batch_at(pairs, step, args)
 
 
 @pytest.mark.parametrize("owner, name", [(sft, "batch_at"), (reflect_rl.Run, "log"), (reflect_rl.Run, "save")])
