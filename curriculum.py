@@ -1,9 +1,8 @@
 """Task-specific curricula: the updates of a run divided into stages (the paper's "curriculum learning").
 
-A stage is a share of the updates with reset options of its own, or with easier tasks only. DangerousTaxi learns to
-pick up, then to drop off, then the whole trip with a milestone reward at pickup; AutoExplore begins with shallow files;
-ALFWorld pays milestones at first. An environment of your own brings its stages as an attribute:
-`curriculum = [("easy", 0.3, {"level": 1}), ("hard", 0.7, {"level": 2})]`.
+A stage is a share of the updates with reset options of its own, or with easier tasks only: DangerousTaxi learns to
+pick up, then to drop off, then the whole trip; AutoExplore begins with shallow files. An environment of your own brings
+its stages as an attribute: `curriculum = [("easy", 0.3, {"level": 1}), ("hard", 0.7, {"level": 2})]`.
 
     python curriculum.py --env taxi        # print the schedule
 """
@@ -14,8 +13,18 @@ import dataclasses
 import envs
 from reflect_rl import COMMON, add_options, env_factory, parse_args
 
+CURRICULA = {  # the stages as they are written for an environment of your own
+    envs.DangerousTaxi: [
+        ("pickup", 0.05, {"mode": "pickup"}),
+        ("dropoff", 0.15, {"mode": "dropoff"}),
+        ("full", 0.8, {"mode": "full", "milestone": 0.5}),
+    ],
+    envs.AutoExplore: [("depth <= 1", 0.5, {}, 1), ("all", 0.5)],
+    envs.ALFWorld: [("milestones", 0.5, {"milestone": 0.2}), ("all", 0.5)],
+}
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass
 class Stage:
     name: str
     share: float  # of the updates
@@ -24,41 +33,26 @@ class Stage:
 
     def select(self, tasks):
         """The tasks of this stage; all of them where none is shallow enough."""
-        if self.max_depth is None:
-            return tasks
-        return [task for task in tasks if task.get("depth", 0) <= self.max_depth] or tasks
-
-
-CURRICULA = {
-    envs.DangerousTaxi: (
-        Stage("pickup", 0.05, {"mode": "pickup"}),
-        Stage("dropoff", 0.15, {"mode": "dropoff"}),
-        Stage("full", 0.8, {"mode": "full", "milestone": 0.5}),
-    ),
-    envs.AutoExplore: (Stage("depth <= 1", 0.5, max_depth=1), Stage("all", 0.5)),
-    envs.ALFWorld: (Stage("milestones", 0.5, {"milestone": 0.2}), Stage("all", 0.5)),
-}
+        shallow = [task for task in tasks if self.max_depth is None or task.get("depth", 0) <= self.max_depth]
+        return shallow or tasks
 
 
 def stages_of(env, on=True, given=()):
     """The stages of an environment; one, the task itself, where it has no curriculum or `on` is false.
 
-    Every stage has the environment's own training options (augmentation) beside its own. The command line wins: what
-    is `given` to the environment's constructor, such as `mode`, no stage changes.
+    Each also has the environment's own training options (augmentation). The command line wins: no stage changes what
+    is `given` to the environment's constructor, such as `mode`.
     """
-    stages = (Stage("all", 1.0),)
-    if on and env.curriculum:
-        stages = [Stage(*stage) for stage in env.curriculum]
-    elif on:
-        for cls, its_stages in CURRICULA.items():
-            stages = its_stages if isinstance(env, cls) else stages
-    resolved = []
+    table = env.curriculum if on else [("all", 1.0)]
+    for cls, built_in in CURRICULA.items():
+        if isinstance(env, cls):
+            table = table or built_in
+    stages = [Stage(*row) for row in table or [("all", 1.0)]]
     for stage in stages:
-        options = {**env.training, **stage.options}
+        stage.options = env.training | stage.options
         for name in given:
-            options.pop(name, None)
-        resolved.append(dataclasses.replace(stage, options=options))
-    return resolved
+            stage.options.pop(name, None)
+    return stages
 
 
 def schedule(stages, updates):
@@ -68,10 +62,10 @@ def schedule(stages, updates):
     """
     stages = stages[-updates:]
     total, plan, done = sum(stage.share for stage in stages), [], 0.0
-    for i, stage in enumerate(stages):
+    for i, stage in enumerate(stages, 1):
         done += stage.share / total
-        later = len(stages) - 1 - i  # stages that still need an update each
-        end = min(max(round(updates * done), i + 1), updates - later)
+        later = len(stages) - i  # stages that still need an update each
+        end = min(max(round(updates * done), len(plan) + 1), updates - later)
         plan += [stage] * (end - len(plan))
     return plan
 
@@ -80,14 +74,10 @@ def main():
     parser = argparse.ArgumentParser(description="Print the curriculum of an environment.")
     add_options(parser, COMMON, {"updates": (100, "updates of the run", 1)})
     args = parse_args(parser)
-    first = 1
-    stages = stages_of(env_factory(args)(), given=dict(args.env_option))
-    plan = schedule(stages, args.updates)
-    for stage in stages:
-        count = plan.count(stage)
-        if count:
-            print(f"updates {first:4}-{first + count - 1:<4} {stage.name:12} {stage.options}")
-        first += count
+    plan = schedule(stages_of(env_factory(args)(), given=dict(args.env_option)), args.updates)
+    for first, stage in enumerate(plan, 1):
+        if first == 1 or stage is not plan[first - 2]:
+            print(f"updates {first:4}-{first + plan.count(stage) - 1:<4} {stage.name:12} {stage.options}")
 
 
 if __name__ == "__main__":

@@ -81,10 +81,6 @@ class Env:
         """Indices of the actions that a negative example may take; None: found by playing on (negatives.py)."""
         return None
 
-    def has(self, hook):
-        """Whether the class brings this method of its own."""
-        return getattr(type(self), hook) is not getattr(Env, hook)
-
 
 def missing(env, method):
     return UserError(f"the environment {type(env).__name__} needs a method {method}(), see envs.Env.{method}")
@@ -176,22 +172,6 @@ def taxi_move(row, col, action):
     return min(max(row + d_row, 0), 4), col + d_col
 
 
-def taxi_transition(state, action):
-    """Taxi-v3's deterministic dynamics: `(next state, reward, terminated)`, reward unscaled (-1, -10, 20)."""
-    row, col, passenger, destination = taxi_decode(state)
-    if action in MOVES:
-        return taxi_encode(*taxi_move(row, col, action), passenger, destination), -1, False
-    if action == PICKUP:
-        if passenger != ON_BOARD and (row, col) == LANDMARKS[passenger]:
-            return taxi_encode(row, col, ON_BOARD, destination), -1, False
-    elif passenger == ON_BOARD and (row, col) in LANDMARKS:
-        # Taxi-v3 lets the passenger out at any of the four landmarks, but the trip ends at the destination only.
-        place = LANDMARKS.index((row, col))
-        arrived = place == destination
-        return taxi_encode(row, col, place, destination), 20 if arrived else -1, arrived
-    return state, -10, False
-
-
 class DangerousTaxi(BuiltIn):
     """Taxi-v3 in which every action that changes nothing ends the episode in failure.
 
@@ -226,18 +206,28 @@ class DangerousTaxi(BuiltIn):
         self.milestone_due = self.mode == "full"
 
     def act(self, action):
+        """Taxi-v3's deterministic dynamics and rewards (-1 a step, 20 at the end); what changes nothing is fatal."""
         self.before = self.taxi_state
-        self.taxi_state, reward, arrived = taxi_transition(self.before, action)
+        row, col, passenger, destination = taxi_decode(self.before)
+        reward = -1
+        if action in MOVES:
+            row, col = taxi_move(row, col, action)
+        elif action == PICKUP and passenger != ON_BOARD and (row, col) == LANDMARKS[passenger]:
+            passenger = ON_BOARD
+            self.success = self.mode == "pickup"
+            # Only the first pickup pays: to drop the passenger and pick him up again must not be a way to get rich.
+            if self.milestone_due:
+                reward, self.milestone_due = reward + 20 * self.milestone, False
+        elif action == DROPOFF and passenger == ON_BOARD and (row, col) in LANDMARKS:
+            # Taxi-v3 lets the passenger out at any of the four landmarks, but the trip ends at the destination only.
+            passenger = LANDMARKS.index((row, col))
+            self.success = passenger == destination
+        self.taxi_state = taxi_encode(row, col, passenger, destination)
         died = self.taxi_state == self.before  # the danger: Taxi-v3 would let the agent try again
-        picked_up = action == PICKUP and not died
-        self.success = arrived or (self.mode == "pickup" and picked_up)
-        if self.success:
-            reward = 20
-        # Only the first pickup pays: to drop the passenger and pick him up again must not be a way to get rich.
-        if picked_up and self.milestone_due:
-            reward, self.milestone_due = reward + 20 * self.milestone, False
         self.last = self.actions[action] + (", which was fatal" if died else "")
-        return (-10 if died else reward) / 20, self.success or died
+        if died or self.success:
+            reward = 20 if self.success else -10
+        return reward / 20, self.success or died
 
     def render(self):
         row, col, passenger, destination = taxi_decode(self.taxi_state)
@@ -260,9 +250,15 @@ class DangerousTaxi(BuiltIn):
         row, col, passenger, _ = taxi_decode(self.taxi_state)
         if (row, col) == self.target() or (self.mode == "pickup" and passenger == ON_BOARD):
             return DROPOFF if passenger == ON_BOARD else PICKUP
-        distances = taxi_distances(self.target())
-        # min() keeps the first of equals, and every cell has a neighbour that is nearer.
-        return min(MOVES, key=lambda action: distances[taxi_move(row, col, action)])
+        # Breadth-first search: cells in order of distance, each with the first action of the way to it.
+        ways, seen = [(row, col, None)], set()
+        for row, col, first in ways:  # the list grows while it is read
+            if (row, col) == self.target():
+                return first
+            if (row, col) not in seen:
+                seen.add((row, col))
+                for action in MOVES:
+                    ways.append((*taxi_move(row, col, action), action if first is None else first))
 
     def blocked(self):
         """The directions in which a wall or the border is in the way, such as `["east"]`."""
@@ -277,19 +273,6 @@ def taxi_offset(row, col, to_row, to_col):
         if distance:
             parts.append(f"{abs(distance)} {onward if distance > 0 else back}")
     return " and ".join(parts) or "here"
-
-
-@functools.cache
-def taxi_distances(target):
-    """Moves from every cell to `target`, by breadth-first search (moves are reversible): `{(row, col): moves}`."""
-    distances, cells = {target: 0}, [target]
-    for cell in cells:  # the list grows while it is read, in order of distance
-        for action in MOVES:
-            neighbour = taxi_move(*cell, action)
-            if neighbour not in distances:
-                distances[neighbour] = distances[cell] + 1
-                cells.append(neighbour)
-    return distances
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -331,8 +314,8 @@ class AutoExplore(BuiltIn):
 
     A task is a dict: `question`, `targets` (paths with `/`), `repo` (a name in `repos`), `depth` (0: a file of the root
     directory), `kind` (of its repository). Moves: `cd NAME`, `cat NAME` (not twice), `id NAME` (the answer and the end:
-    right +1, wrong -0.5), `more` to turn a page; each costs 0.02. Deviation: the paper's agent sees the history of its
-    commands; ours what it has seen of the directory it is in, so that equal situations are equal texts.
+    right +1, wrong -0.5), `more` to turn a page; each costs 0.02. The state shows what was seen of the directory that
+    the agent is in.
 
     `repos`: a directory of yours, or a file like the shipped one (see data/autoexplore/prepare.py). Reset options, with
     defaults here: `shuffle` the menu, `leave_out` (hide each file that is not a target with this probability).
@@ -478,9 +461,9 @@ def in_order(things):
 def listing(things):
     """ALFWorld's enumeration. It prints in the order of a Python set; ours is sorted."""
     words = [f"a {thing}" for thing in in_order(things)]
-    if len(words) < 2:
-        return words[0] if words else "nothing"
-    return ", ".join(words[:-1]) + ", and " + words[-1]
+    if len(words) > 1:
+        words[-1] = f"and {words[-1]}"
+    return ", ".join(words) or "nothing"
 
 
 def treatment(type_name):
@@ -517,20 +500,18 @@ class House:
         self.goal = {name: task[name] for name in ("type", "object", "target")}
 
     def reset(self):
-        self.places = dict(self.task["objects"])  # object -> receptacle; what the agent holds is in no place
+        self.contents = {place: [] for place in self.receptacles}  # receptacle -> objects; the one in hand is in none
+        self.shut = {place for place in self.receptacles if kind(place) in household()["openable"]}
+        self.traits = {}  # object -> what was done to it, from TRAITS
+        for thing, place in self.task["objects"].items():
+            self.contents[place].append(thing)
+            self.traits[thing] = set()
         self.here = self.hand = None
-        self.opened, self.lit = set(), set()  # receptacles that are open, lamps that were ever used
-        self.traits = {thing: set() for thing in self.places}  # object -> what was done to it, from TRAITS
+        self.lit = set()  # lamps that were ever used
         return (
             "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking quickly around you, "
             f"you see {listing(self.receptacles)}.\n\nYour task is to: {self.sentence}."
         )
-
-    def inside(self, receptacle):
-        return [thing for thing, place in self.places.items() if place == receptacle]
-
-    def shut(self, receptacle):
-        return kind(receptacle) in household()["openable"] and receptacle not in self.opened
 
     def commands(self):
         """The admissible commands, sorted as the real engine sorts them."""
@@ -543,16 +524,16 @@ class House:
             return sorted(found)
         found.append(f"examine {here}")
         if kind(here) in tables["openable"]:
-            found.append(f"open {here}" if self.shut(here) else f"close {here}")
-        for thing in self.inside(here):
+            found.append(f"open {here}" if here in self.shut else f"close {here}")
+        for thing in self.contents[here]:
             if "lamp" in thing:  # a lamp is used where it stands
                 found.append(f"use {thing}")
-            elif not hand and not self.shut(here):
+            elif not hand and here not in self.shut:
                 found.append(f"take {thing} from {here}")
         for verb, station in STATIONS.items():  # a station works with its door shut
             if hand and kind(here) == station and kind(hand) in tables[verb + "able"]:
                 found.append(f"{verb} {hand} with {here}")
-        if hand and not self.shut(here) and kind(hand) in tables["holds"][kind(here)]:
+        if hand and here not in self.shut and kind(hand) in tables["holds"][kind(here)]:
             found.append(f"move {hand} to {here}")
         return sorted(found)
 
@@ -574,18 +555,18 @@ class House:
             self.here = thing
             return f"You arrive at {thing}. {self.look_of(thing)}"
         if verb == "open":
-            self.opened.add(thing)
+            self.shut.discard(thing)
             return f"You open the {thing}. {self.look_of(thing)}"
         if verb == "close":
-            self.opened.discard(thing)
+            self.shut.add(thing)
             return f"You close the {thing}."
         if verb == "take":
             self.hand = thing
-            del self.places[thing]
+            self.contents[place].remove(thing)
             return f"You pick up the {thing} from the {place}."
         if verb == "move":
             self.hand = None
-            self.places[thing] = place
+            self.contents[place].append(thing)
             return f"You move the {thing} to the {place}."
         if verb == "use":  # a lamp stays on: ALFWorld's goal asks whether it was ever used
             self.lit.add(thing)
@@ -598,10 +579,10 @@ class House:
     def look_of(self, thing):
         """What one sees of a receptacle, or of the object in hand."""
         if thing != self.hand:
-            if self.shut(thing):
+            if thing in self.shut:
                 return f"The {thing} is closed."
-            start = f"The {thing} is open. In it" if thing in self.opened else f"On the {thing}"
-            return f"{start}, you see {listing(self.inside(thing))}."
+            start = f"The {thing} is open. In it" if kind(thing) in household()["openable"] else f"On the {thing}"
+            return f"{start}, you see {listing(self.contents[thing])}."
         if kind(thing) in household()["containers"]:
             return f"This is a normal {thing}. In it, you see nothing."
         traits = self.traits[thing]
@@ -616,15 +597,16 @@ class House:
         name, target, verb = self.task["object"], self.task["target"], treatment(self.task["type"])
         if self.task["type"].startswith("look"):
             # The lamp is beside the agent and was used at any time; the object is in hand.
-            holds = self.hand is not None and kind(self.hand) == name
-            return holds and any(kind(lamp) == target and self.places[lamp] == self.here for lamp in self.lit)
-        placed = []  # the receptacles of the wanted objects that are treated as asked and in the right kind of place
-        for thing, place in self.places.items():
-            is_treated = verb is None or TRAITS[verb] in self.traits[thing]
-            if kind(thing) == name and kind(place) == target and is_treated:
-                placed.append(place)
-        # Two objects must be in the same receptacle.
-        return max(map(placed.count, placed), default=0) >= (2 if "two" in self.task["type"] else 1)
+            lit_here = self.lit.intersection(self.contents.get(self.here, ()))
+            return self.hand is not None and kind(self.hand) == name and target in map(kind, lit_here)
+        for place, things in self.contents.items():
+            ready = 0
+            for thing in things:
+                ready += kind(thing) == name and (verb is None or TRAITS[verb] in self.traits[thing])
+            # Two objects must be in the same receptacle.
+            if kind(place) == target and ready >= (2 if "two" in self.task["type"] else 1):
+                return True
+        return False
 
 
 class Notes:
@@ -763,22 +745,18 @@ class ALFWorld(BuiltIn):
         """The milestones that hold now, as far as the agent can know."""
         if self.goal is None:
             return set()
-        notes, type_name = self.notes, self.goal["type"]
-        places, reached = notes.where(self.goal["object"]), set()
-        is_held = notes.hand is not None and kind(notes.hand) == self.goal["object"]
-        if places or is_held:
-            reached.add("found")
-        if is_held:
-            reached.add("taken")
-        if type_name.startswith("look"):
-            if notes.where(self.goal["target"]):  # to have seen the lamp stands in for the treatment
-                reached.add("treated")
-        elif treatment(type_name) and is_held and self.ready(notes.hand):
-            reached.add("treated")
+        notes, goal = self.notes, self.goal
+        places = notes.where(goal["object"])
+        taken = notes.hand is not None and kind(notes.hand) == goal["object"]
+        treated = treatment(goal["type"]) and taken and self.ready(notes.hand)
+        if goal["type"].startswith("look"):  # to have seen the lamp stands in for the treatment
+            treated = notes.where(goal["target"])
+        placed = False
         for thing, place in places.items():
-            if kind(place) == self.goal["target"] and self.ready(thing):
-                reached.add("placed")  # one of two objects is enough
-        return reached
+            if kind(place) == goal["target"] and self.ready(thing):
+                placed = True  # one of two objects is enough
+        holds = {"found": places or taken, "taken": taken, "treated": treated, "placed": placed}
+        return {name for name in holds if holds[name]}
 
     def subgoal(self):
         """What is to be done next, from what was seen: `(verb, thing, place)`.
@@ -788,22 +766,21 @@ class ALFWorld(BuiltIn):
         notes, goal = self.notes, self.goal
         if goal is None:
             raise UserError(f"no search expert for {notes.sentence!r}, which is not one of ALFWorld's templates")
-        verb, wanted = "take", goal["object"]
+        verb, wanted, held = "take", goal["object"], notes.hand
+        if held and kind(held) != wanted:
+            # A wrong object goes down here if it may, else back to its place: there it certainly may.
+            return "drop", held, notes.here if f"move {held} to {notes.here}" in self.actions else notes.origin
         # Things go to the receptacle of the right kind that holds most of them already.
         done = [place for thing, place in notes.where(wanted).items() if self.ready(thing)]
         places = [place for place in notes.receptacles if kind(place) == goal["target"]]
         target = max(places, key=done.count, default=None)  # the first of equals
-        if notes.hand and kind(notes.hand) != wanted:
-            # A wrong object goes down here if it may, else back to its place: there it certainly may.
-            fits_here = f"move {notes.hand} to {notes.here}" in self.actions
-            return "drop", notes.hand, notes.here if fits_here else notes.origin
-        if notes.hand and goal["type"].startswith("look"):
+        if held and goal["type"].startswith("look"):
             verb, wanted = "use", goal["target"]
-        elif notes.hand and not self.ready(notes.hand):
+        elif held and not self.ready(held):
             verb = treatment(goal["type"])
-            return verb, notes.hand, f"{STATIONS[verb]} 1"
-        elif notes.hand:
-            return "place", notes.hand, target
+            return verb, held, f"{STATIONS[verb]} 1"
+        elif held:
+            return "place", held, target
         # Empty hands, or a lamp to be found. An object that is ready and at the target stays there.
         found = {t: place for t, place in notes.where(wanted).items() if place != target or not self.ready(t)}
         if not found:
@@ -817,17 +794,11 @@ class ALFWorld(BuiltIn):
         verb, thing, place = self.subgoal()
         if verb == "find":
             place = next(iter(likely(thing, self.notes)), None)
-            wishes = [f"open {place}", f"go to {place}", f"examine {place}", "look"]
-        else:
-            move, treat = f"move {thing} to {place}", f"{verb} {thing} with {place}"
-            steps = {"use": f"use {thing}", "take": f"take {thing} from {place}", "place": move, "drop": move}
-            wishes = [steps.get(verb, treat), f"open {place}", f"go to {place}"]
-        # The last step of the errand comes first. Official rooms have places side by side: the agent can use the second
-        # from the first, and cannot go to it.
-        for wish in wishes:
-            if wish in self.actions:
-                return self.actions.index(wish)
-        raise RuntimeError(f"none of the expert's commands {wishes} is admissible here:\n{self.render()}")
+        # The last step of the errand comes first: of its four forms only the one that is meant is admissible. Then the
+        # way there. Official rooms have places side by side: one can use the second from the first, and not go to it.
+        wishes = [f"{verb} {thing} with {place}", f"use {thing}", f"take {thing} from {place}"]
+        wishes += [f"move {thing} to {place}", f"open {place}", f"go to {place}", f"examine {place}", "look"]
+        return self.actions.index(next(wish for wish in wishes if wish in self.actions))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -926,12 +897,7 @@ def main():
     tasks = env.tasks(args.split)
     if not tasks:
         raise UserError(f"{args.env} has no tasks in its {args.split} split")
-    play(env, args.seed, tasks[args.seed % len(tasks)])
-
-
-def play(env, seed, task):
-    """One episode in the terminal."""
-    state, info = env.reset(seed=seed, options={"task": task})
+    state, info = env.reset(seed=args.seed, options={"task": tasks[args.seed % len(tasks)]})
     total, over = 0.0, False
     while not over:
         print(f"\n{state}")

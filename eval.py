@@ -110,7 +110,7 @@ def row(name, actor, args):
 def baseline_rows(args):
     """Random play and, where the environment has one, its expert."""
     rows = [row("random", random_actor, args)]
-    if env_factory(args)().has("expert_action"):
+    if type(env_factory(args)()).expert_action is not envs.Env.expert_action:
         rows.append(row("expert", expert_actor, args))
     return rows
 
@@ -141,8 +141,7 @@ def rate(episodes):
 
 
 def print_table(rows):
-    """The rows as a Markdown table that can be read as it is."""
-    print(f"\nSuccess on the {rows[0]['split']} split, 95% Wilson intervals; failed: ended badly by the environment\n")
+    """The rows as Markdown that can be read as it is: a table of all episodes, and one by group where there are any."""
     lines = [["", "sampled", "interval", "n", "return", "length", "failed", "greedy", "interval", "n"]]
     by_group = [["", "group", "success", "interval", "n"]]
     for r in rows:
@@ -151,27 +150,29 @@ def print_table(rows):
         lines.append([r["name"], *rate(r["sampled"]), *middle, *rate(r["greedy"])])
         for group in sorted(r["groups"]):
             by_group.append([r["name"], group, *rate(r["groups"][group])])
-    print_lines(lines)
-    if len(by_group) > 1:
-        print("\nThe sampled episodes by group of tasks\n")
-        print_lines(by_group)
-
-
-def print_lines(lines):
-    """A Markdown table; the first line is its head."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for name, *cells in [lines[0], ["-" * width for width in widths], *lines[1:]]:
-        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        print("| " + " | ".join([f"{name:{widths[0]}}", *padded]) + " |")
+    heading = f"Success on the {rows[0]['split']} split, 95% Wilson intervals; failed: ended badly by the environment"
+    tables = {heading: lines, "The sampled episodes by group of tasks": by_group}
+    for title, (head, *body) in tables.items():
+        if not body:
+            continue
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        print(f"\n{title}\n")
+        for name, *cells in [head, ["-" * width for width in widths], *body]:
+            padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+            print("| " + " | ".join([f"{name:{widths[0]}}", *padded]) + " |")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Curves
 
 
-def curves_of(args):
-    """`{kind of run: [{episodes: validation success} of each seed]}` of all RL runs of the environment."""
-    curves = {}
+def plot(args):
+    """Success over training episodes: each seed a thin line, their mean a thick one where all were evaluated."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install matplotlib") from None
+    curves = {}  # kind of run -> a list with {episodes: validation success} of each seed
     for folder in runs_of(args):
         points = {}
         for figures in read_log(folder):
@@ -181,20 +182,10 @@ def curves_of(args):
             curves.setdefault(re.sub(r"-s\d+$", "", folder.name), []).append(points)
     if not curves:
         raise UserError(f"no run of {args.env} in {args.runs} has been evaluated yet")
-    return curves
 
-
-def plot(args):
-    """Success over training episodes: each seed a thin line, their mean a thick one where all were evaluated."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install matplotlib") from None
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for kind, seeds in curves_of(args).items():
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    for kind, seeds in curves.items():
         shared = sorted(set.intersection(*map(set, seeds)))
         mean = [statistics.fmean(points[at] for points in seeds) for at in shared]
         label = f"{kind}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"

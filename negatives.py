@@ -100,14 +100,8 @@ def stems_of(text):
 
 
 def asked(env):
-    """The words of the question, as they are spelt there."""
-    return list(dict.fromkeys(spelt_words_of(env.question)))
-
-
-def matches(env, text):
-    """The words of the question that a text has too, in the question's order and spelling."""
-    stems = stems_of(text)
-    return [word for word in asked(env) if stem(word.lower()) in stems]
+    """The words of the question as they are spelt there, each with the stem by which it is compared."""
+    return {word: stem(word.lower()) for word in spelt_words_of(env.question)}
 
 
 def say_question(env):
@@ -116,15 +110,17 @@ def say_question(env):
 
 def say_name(env, place, name):
     """What a name has of the question; `place` is "The name" (of something here) or "On the way"."""
-    return f"{place} {name} has {', '.join(matches(env, name)) or 'no word'}."
+    stems = stems_of(name)
+    found = [word for word, word_stem in asked(env).items() if word_stem in stems]
+    return f"{place} {name} has {', '.join(found) or 'no word'}."
 
 
 def say_file(env):
     """Where each word of the question was found: in the file just read, or else in its path."""
-    in_file, in_path = matches(env, env.result), matches(env, " ".join(env.cwd))
+    in_file, in_path = stems_of(env.result), stems_of(" ".join(env.cwd))
     sentences = []
-    for word in asked(env):
-        place = "the file" if word in in_file else "the path" if word in in_path else "neither"
+    for word, word_stem in asked(env).items():
+        place = "the file" if word_stem in in_file else "the path" if word_stem in in_path else "neither"
         sentences.append(f"{word} is in {place}.")
     return sentences
 
@@ -192,7 +188,7 @@ def useless(env):
         return here not in likely and any(envs.kind(other) in likely for other in notes.unsearched())
     if verb == "examine":  # of two places side by side the other one can be examined: that is a search
         return notes.command.removeprefix("examine ") in (notes.here, notes.hand)
-    return verb in ("look", "inventory", "close", "use") and not env.success
+    return verb in ("look", "inventory", "close", "use")
 
 
 def errand(env):
@@ -237,11 +233,11 @@ TEACHERS = {envs.DangerousTaxi: reflect_on_taxi, envs.AutoExplore: reflect_on_ex
 
 def reflection_of(env, mistake):
     """The teacher's words on the current state. A class's own method comes before a built-in teacher."""
-    teacher = type(env).reflection  # of `Env` itself: a UserError that names the class and the method
+    own = type(env).reflection
     for cls, built_in in TEACHERS.items():
-        if isinstance(env, cls) and not env.has("reflection"):
-            teacher = built_in
-    return teacher(env, mistake)
+        if isinstance(env, cls) and own is envs.Env.reflection:
+            return built_in(env, mistake)
+    return own(env, mistake)  # where there is none, a UserError that names the class and the method
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -261,17 +257,18 @@ def replay(env, options, seed, actions):
     return state, info, over
 
 
-def expert_steps(env):
-    """Steps that the expert still needs, None if it does not get there; leaves the environment at its end."""
-    steps, over = 0, False
+def steps_left(env, options, seed, actions):
+    """Steps that the expert still needs after these actions; None if it does not get there."""
+    _, info, over = replay(env, options, seed, actions)
+    steps = 0
     while not over:
         _, _, terminated, truncated, info = env.step(env.expert_action())
         steps, over = steps + 1, terminated or truncated
     return steps if info["success"] else None
 
 
-def perturbation(env, options, history, seed, rng):
-    """An action that neither ends the episode nor brings the expert nearer to its goal; None if there is none.
+def perturbation(env, options, seed, history, candidates, rng):
+    """One of the `candidates` that neither ends the episode nor brings the expert nearer to its goal; None if none is.
 
     It is one of `env.mistakes()`; if the environment does not know them, each action is tried and the expert plays
     on to the end. The environment stays where it was.
@@ -279,35 +276,30 @@ def perturbation(env, options, history, seed, rng):
     known = env.mistakes()
     if known is not None:
         return rng.choice(known) if known else None
-    _, info, _ = replay(env, options, seed, history)
-    candidates = list(range(len(info["actions"])))
+    here = steps_left(env, options, seed, history)
     rng.shuffle(candidates)
-    here, found = expert_steps(env), None
     for action in candidates:
-        _, _, over = replay(env, options, seed, [*history, action])
-        left = None if over else expert_steps(env)
-        if left is not None and (here is None or left >= here):  # still winnable, and no nearer
-            found = action
+        left = steps_left(env, options, seed, [*history, action])
+        if left and (here is None or left >= here):  # still winnable, and no nearer
             break
+    else:
+        action = None
     replay(env, options, seed, history)
-    return found
+    return action
 
 
 def trajectory(env, options, number, negative, seed):
     """One expert trajectory as `Record`s; None if the expert does not reach the goal.
 
     A negative one has a mistake at a random step, and about two more anywhere: also after a mistake, also at the goal.
-    A few of AutoExplore's have none: their steps were drawn where the answer had been read, and no mistake is possible.
-    With a single one the reflector learned to call nothing a mistake, and hardly any state had read a wrong file and
-    the right one, so that the policy could not tell them apart.
+    With a single mistake each, the reflector learned to call nothing a mistake. A few trajectories of AutoExplore have
+    none: their steps were drawn where the answer had been read, and no mistake is possible.
     """
-    rng = random.Random(seed)
-    env.reset(seed=seed, options=options)
-    length = expert_steps(env)  # first the expert alone: does it get there, and in how many steps?
+    length = steps_left(env, options, seed, [])  # first the expert alone: does it get there, and in how many steps?
     if length is None:
         return None
-    certain = rng.randrange(length) if negative else None  # a step that is perturbed if it has a mistake
-    share = min(0.4, EXTRA_MISTAKES / length) if negative else 0.0  # of all steps
+    rng = random.Random(seed)
+    certain, share = rng.randrange(length), min(0.4, EXTRA_MISTAKES / length)  # one step, and a share of all
     history, records, mistake, over = [], [], False, False
     state, info = env.reset(seed=seed, options=options)
     while not over:
@@ -315,8 +307,9 @@ def trajectory(env, options, number, negative, seed):
         action = int(env.expert_action())
         # The label is the expert's action, whatever is done next.
         records.append(Record(number, negative, mistake, state, reflection_of(env, mistake), actions, action))
-        wrong = len(history) == certain or rng.random() < share
-        detour = perturbation(env, options, history, seed, rng) if wrong else None
+        detour = None
+        if negative and (len(history) == certain or rng.random() < share):
+            detour = perturbation(env, options, seed, history, list(range(len(actions))), rng)
         mistake = detour is not None
         history.append(detour if mistake else action)
         state, _, terminated, truncated, info = env.step(history[-1])

@@ -116,7 +116,6 @@ def test_every_step_equals_gymnasium_but_for_danger():
     for state in range(500):
         for action in range(6):
             [(_, after, reward, done)] = table[state][action]
-            assert envs.taxi_transition(state, action) == (after, reward, done), (state, action)
             env, *_ = start(state)
             _, got, terminated, truncated, info = env.step(action)
             dead = after == state
@@ -260,8 +259,7 @@ def test_the_contract_has_defaults_and_names_what_is_missing():
     for method, arguments in missing.items():
         with pytest.raises(envs.UserError, match=rf"Half needs a method {method}\(\)"):
             getattr(half, method)(*arguments)
-        assert not half.has(method)
-    assert half.has("step") and half.groups(0) == () and half.mistakes() is None
+    assert half.groups(0) == () and half.mistakes() is None
 
 
 @pytest.mark.parametrize(
