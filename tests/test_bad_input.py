@@ -90,7 +90,8 @@ def test_every_number_has_a_bound(script, tables, capsys, monkeypatch):
     """Catches a ZeroDivisionError an hour into the run, and a sign that turns a gradient round."""
     for name, (default, _, *limit) in [row for table in tables for row in table.items()]:
         option = f"--{name.replace('_', '-')}"
-        for value in [limit[0] - 1, "nan", "x"] if type(default) in (int, float) and name != "seed" else []:
+        least = 1 if limit and callable(limit[0]) else limit[0] if limit else 0
+        for value in [least - 1, "nan", "x"] if type(default) in (int, float) and name != "seed" else []:
             with pytest.raises(SystemExit) as end:
                 run_script(script, f"{option}={value}", monkeypatch=monkeypatch)
             assert end.value.code == 2 and option in capsys.readouterr().err.splitlines()[-1]
@@ -219,8 +220,7 @@ def test_a_directory_that_is_no_base(kind, refused, tmp_path, bases, monkeypatch
     folder = shutil.copytree(bases["gpt2"], tmp_path / "model")
     SPOILT[kind](folder)
     line = refused(sft, *tiny_options(folder, tmp_path / "runs"))
-    named = {"NaN": "update 1: the gradient is not finite", "no labels": "0 one-token labels"}
-    assert named.get(kind, str(folder)) in line
+    assert {"no labels": "0 one-token labels"}.get(kind, str(folder)) in line
     assert not list(tmp_path.glob("runs/**/*.pt")) and not list(tmp_path.rglob("exploded"))
 
 
