@@ -66,6 +66,10 @@ class Env:
         """Names of the groups of tasks, such as `depth 2`, under which evaluation reports a task as well."""
         return ()
 
+    def cluster(self, task):
+        """What tasks share that succeed or fail together, such as a repository: intervals are over these."""
+        return json.dumps(task)
+
     def expert_action(self):
         """Index of an optimal action in the current state, whichever that is: mistakes lead off the way."""
         raise missing(self, "expert_action")
@@ -333,6 +337,9 @@ class AutoExplore(BuiltIn):
 
     def groups(self, task):
         return f"depth {task['depth']}", f"{task['kind']} repository"
+
+    def cluster(self, task):
+        return task["repo"]
 
     def begin(self, task, options):
         self.task = task

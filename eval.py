@@ -2,7 +2,9 @@
 
 One panel a split, the same for everything that is compared: every task of the split, played `--repeats` times when
 actions are sampled (temperature 1), once when they are greedy. Success is the environment's own verdict. Intervals are
-95% Wilson; sampled repeats of one start are not quite independent, so theirs are a little too narrow.
+95% bootstrap over what episodes share (`Env.cluster`: a start, a room, a repository) and over seeds, since repeats of
+one start are not independent; differences are paired, episode by episode. What was played is kept in the run's folder
+(`episodes/`), so that a table is drawn again without playing.
 
     python eval.py --env taxi              # a table of all runs found
     python eval.py --run runs/taxi-rl-s0 --split valid
@@ -10,17 +12,22 @@ actions are sampled (temperature 1), once when they are greedy. Success is the e
 """
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import math
 import random
 import re
 import statistics
 from pathlib import Path
 
+import numpy as np
+
 import envs
 from envs import UserError
 from reflect_rl import (
-    COMMON, Step, adapters_of, add_options, as_trained, env_factory, load_players, parse_args,
-    play, read_config, read_log, runs_of,
+    COMMON, Episode, Step, adapters_of, add_options, as_trained, env_factory, load_players,
+    parse_args, play, read_config, read_log, runs_of, write,
 )
 
 OPTIONS = {
@@ -31,6 +38,7 @@ OPTIONS = {
 }
 PANEL = 120  # tasks of a split that are played, where it has more
 PANEL_SEED = 1000  # of the episodes' RNGs
+DRAWS = 10_000  # of the bootstrap
 
 # ---------------------------------------------------------------------------------------------------------
 # Figures
@@ -43,6 +51,44 @@ def wilson(successes, n, z=1.96):
     p = successes / n
     center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
+
+
+def bootstrap(sums, counts):
+    """95% bootstrap interval of `sums.sum() / counts.sum()`, `(low, high)`; both are (seeds, clusters).
+
+    Seeds and clusters are drawn anew, with replacement (Efron 1979).
+    """
+    rng, (seeds, clusters) = np.random.default_rng(0), counts.shape
+    rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS)  # how often each seed was drawn
+    columns = rng.multinomial(clusters, np.full(clusters, 1 / clusters), DRAWS)
+    total = ((rows @ sums) * columns).sum(1)
+    return tuple(np.percentile(total / np.maximum(1, ((rows @ counts) * columns).sum(1)), [2.5, 97.5]).tolist())
+
+
+def by_cluster(runs, env):
+    """Successes and episodes of each seed's episodes in each cluster: two arrays, (seeds, clusters)."""
+    clusters = sorted({env.cluster(episode.task) for episode in runs[0]})
+    column = {cluster: i for i, cluster in enumerate(clusters)}
+    sums, counts = np.zeros((2, len(runs), len(clusters)))
+    for seed, episodes in enumerate(runs):
+        for episode in episodes:
+            sums[seed, column[env.cluster(episode.task)]] += episode.success
+            counts[seed, column[env.cluster(episode.task)]] += 1
+    return sums, counts
+
+
+def interval(runs, env):
+    """95% interval of the success rate of some seeds' episodes on one panel."""
+    sums, counts = by_cluster(runs, env)
+    if sums.sum() in (0, counts.sum()):  # all alike: nothing to draw from, and the clusters are the sample
+        return wilson(sums.shape[1] if sums.any() else 0, sums.shape[1])
+    return bootstrap(sums, counts)
+
+
+def difference(one, other, env):
+    """Success of some seeds' episodes minus that of others on the same panel: `(difference, (low, high))`."""
+    (a, counts), (b, _) = by_cluster(one, env), by_cluster(other, env)
+    return (a - b).sum() / counts.sum(), bootstrap(a - b, counts)
 
 
 def summary(episodes):
@@ -91,27 +137,58 @@ def evaluate(actor, make_env, split="test", repeats=3, greedy=False, known=None)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Tables
+# Rows: who played, and what
 
 
-def row(name, actor, args):
-    """A line of the table: sampled and greedy episodes of one actor, the sampled ones also by group of tasks."""
-    make_env, groups, known = env_factory(args), {}, {}
-    sampled, greedy = evaluate(actor, make_env, args.split, args.repeats, known=known), []
-    if actor is not random_actor:
-        greedy = evaluate(actor, make_env, args.split, greedy=True, known=known)
-    env = make_env()
-    for episode in sampled:
-        for group in env.groups(episode.task):
-            groups.setdefault(group, []).append(episode)
-    return {"name": name, "split": args.split, "sampled": sampled, "greedy": greedy, "groups": groups}
+def row(name, make_actor, args, folder=None, adapters=()):
+    """A line of the table: sampled and greedy episodes of one actor. With a `folder` they are kept there, or read again
+    where the same players have played the same panel."""
+    make_env, kept, actor, known = env_factory(args), {}, None, {}
+    weights = hashlib.sha256(b"".join((path / "adapter_model.safetensors").read_bytes() for path in adapters))
+    panel = {"split": args.split, "repeats": args.repeats, "env_option": sorted(args.env_option), "base": args.base}
+    panel |= {"players": weights.hexdigest(), "horizon": make_env().horizon, "max_reflection": args.max_reflection}
+    for greedy in (False, True):
+        path = folder and Path(folder) / "episodes" / f"{args.split}-{'greedy' if greedy else 'sampled'}.jsonl"
+        kept[greedy] = read_episodes(path, panel) if path else None
+        if kept[greedy] is None:
+            actor = actor or make_actor()
+            if greedy and actor is random_actor:
+                continue
+            kept[greedy] = evaluate(actor, make_env, args.split, args.repeats, greedy, known)
+            if path:
+                write_episodes(path, panel, kept[greedy])
+    played = {"sampled": [kept[False]], "greedy": [kept[True] or []]}  # a list a seed, see `pooled`
+    return {"name": name, "split": args.split, "env": make_env(), **played}
+
+
+def write_episodes(path, panel, episodes):
+    """A line that says what the panel was, then one an episode."""
+    path.parent.mkdir(exist_ok=True)
+    lines = [json.dumps(panel)]
+    lines += [json.dumps(dataclasses.asdict(episode)) for episode in episodes]
+    write(path, "\n".join(lines) + "\n")
+
+
+def read_episodes(path, panel):
+    """The episodes of a file, or None where it is not there, damaged, or of another panel."""
+    try:
+        first, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        if json.loads(first) != json.loads(json.dumps(panel)):
+            return None
+        episodes = []
+        for line in lines:
+            fields = json.loads(line)
+            episodes.append(Episode(**{**fields, "steps": [Step(**step) for step in fields["steps"]]}))
+        return episodes
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def baseline_rows(args):
     """Random play and, where the environment has one, its expert."""
-    rows = [row("random", random_actor, args)]
+    rows = [row("random", lambda: random_actor, args)]
     if type(env_factory(args)()).expert_action is not envs.Env.expert_action:
-        rows.append(row("expert", expert_actor, args))
+        rows.append(row("expert", lambda: expert_actor, args))
     return rows
 
 
@@ -120,38 +197,72 @@ def run_rows(folder, args):
     folder, rows = Path(folder), []
     args, named = as_trained(args, folder), {}
     if "updates" in read_config(folder):
-        named[folder.name] = adapters_of(folder)
+        named[folder.name, folder] = adapters_of(folder)
     else:
         if (folder / "plain" / "adapter_config.json").is_file():
-            named[f"{folder.name} without reflection"] = {"policy": folder / "plain"}
+            named[f"{folder.name} without reflection", folder / "plain"] = {"policy": folder / "plain"}
         if (folder / "policy" / "adapter_config.json").is_file():
-            named[f"{folder.name} with reflection"] = adapters_of(folder)
-    for name, adapters in named.items():
-        rows.append(row(name, load_players(args, adapters), args))
+            named[f"{folder.name} with reflection", folder / "policy"] = adapters_of(folder)
+    for (name, place), adapters in named.items():
+        rows.append(row(name, lambda on=adapters: load_players(args, on), args, place, adapters.values()))
     return rows
 
 
-def rate(episodes):
+def pooled(rows):
+    """One row for each kind of run of which there are several seeds: `taxi-rl`, of taxi-rl-s0 and taxi-rl-s1."""
+    kinds = {}
+    for r in rows:
+        kinds.setdefault(re.sub(r"-s\d+(-[0-9a-f]{6})?", "", r["name"]), []).append(r)
+    found = []
+    for kind, seeds in kinds.items():
+        if len(seeds) > 1:
+            both = {key: sum((r[key] for r in seeds), []) for key in ("sampled", "greedy")}
+            found.append({**seeds[0], "name": f"{kind}, {len(seeds)} seeds", **both})
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def rate(runs, env):
     """The cells of a success rate: `["93.3%", "[89.7%, 95.7%]", "270"]`, dashes where nothing was played."""
+    episodes = sum(runs, [])
     if not episodes:
         return ["-", "-", "-"]
-    successes = sum(episode.success for episode in episodes)
-    low, high = wilson(successes, len(episodes))
-    return [f"{successes / len(episodes):.1%}", f"[{low:.1%}, {high:.1%}]", str(len(episodes))]
+    low, high = interval(runs, env)
+    success = sum(episode.success for episode in episodes) / len(episodes)
+    return [f"{success:.1%}", f"[{low:.1%}, {high:.1%}]", str(len(episodes))]
 
 
 def print_table(rows):
-    """The rows as Markdown that can be read as it is: a table of all episodes, and one by group where there are any."""
-    lines = [["", "sampled", "interval", "n", "return", "length", "failed", "greedy", "interval", "n"]]
-    by_group = [["", "group", "success", "interval", "n"]]
+    """Markdown that can be read as it is: all episodes, those by group, and differences on the same panel."""
+    rows, env = [*rows, *pooled(rows)], rows[0]["env"]
+    all_of_them = [["", "sampled", "interval", "n", "return", "length", "failed", "greedy", "interval", "n"]]
+    by_group, differences = [["", "group", "success", "interval", "n"]], [["", "minus", "success", "interval"]]
     for r in rows:
-        figures = summary(r["sampled"])
+        figures = summary(sum(r["sampled"], []))
         middle = [f"{figures['return']:.2f}", f"{figures['length']:.1f}", f"{figures['failed']:.1%}"]
-        lines.append([r["name"], *rate(r["sampled"]), *middle, *rate(r["greedy"])])
-        for group in sorted(r["groups"]):
-            by_group.append([r["name"], group, *rate(r["groups"][group])])
-    heading = f"Success on the {rows[0]['split']} split, 95% Wilson intervals; failed: ended badly by the environment"
-    tables = {heading: lines, "The sampled episodes by group of tasks": by_group}
+        all_of_them.append([r["name"], *rate(r["sampled"], env), *middle, *rate(r["greedy"], env)])
+        groups = {}  # name -> the episodes of each seed
+        for seed, episodes in enumerate(r["sampled"]):
+            for episode in episodes:
+                for group in env.groups(episode.task):
+                    groups.setdefault(group, [[] for _ in r["sampled"]])[seed].append(episode)
+        for group in sorted(groups):
+            by_group.append([r["name"], group, *rate(groups[group], env)])
+    trained = [r for r in rows if r["name"] not in ("random", "expert")]
+    seeds = max((len(r["sampled"]) for r in trained), default=0)
+    compared = [r for r in trained if len(r["sampled"]) == seeds]
+    for i, r in enumerate(compared):
+        for other in compared[:i]:
+            gap, (low, high) = difference(r["sampled"], other["sampled"], env)
+            differences.append([r["name"], other["name"], f"{gap:+.1%}", f"[{low:+.1%}, {high:+.1%}]"])
+    clusters = by_cluster(rows[0]["sampled"], env)[0].shape[1]
+    heading = f"Success on the {rows[0]['split']} split, 95% intervals over {clusters} clusters (and seeds); failed: " \
+        "ended badly by the environment"
+    tables = {heading: all_of_them, "The sampled episodes by group of tasks": by_group,
+              "Differences on the same sampled episodes, paired": differences}
     for title, (head, *body) in tables.items():
         if not body:
             continue

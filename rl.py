@@ -330,7 +330,7 @@ def replayed(buffer, players, args, number):
 
 
 def train(args, sft_adapters):
-    """Play, give advantages, update, log, evaluate, save: `args.updates` times. Returns its name and the players."""
+    """Play, give advantages, update, log, evaluate, save: `args.updates` times. Returns the run's folder."""
     run = Run(Path(args.runs) / run_name(args), args, args.resume)
     if world() > 1:
         dist.barrier()  # the first process has made or refused the run
@@ -373,7 +373,7 @@ def train(args, sft_adapters):
     if rank() == 0:
         for name in sft_adapters:
             save_adapter(players.model, name, run.folder / name)
-    return run.folder.name, players
+    return run.folder
 
 
 def make_learner(args, players, sft_adapters):
@@ -499,12 +499,12 @@ def main():
     if os.environ.get("RANK", "0") == "0":  # under torchrun the others wait in joined_processes
         sft.run(args, stages)
     with joined_processes(args):  # after SFT, which is the first process's work alone
-        name, players = train(args, sft.adapters(args))
+        folder = train(args, sft.adapters(args))
         if rank() == 0:
             args.split = "test"
             rows = evaluation.baseline_rows(args)
             rows += evaluation.run_rows(sft.folder_of(args), args)
-            evaluation.print_table([*rows, evaluation.row(name, players, args)])
+            evaluation.print_table([*rows, *evaluation.run_rows(folder, args)])
 
 
 if __name__ == "__main__":

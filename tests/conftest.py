@@ -310,8 +310,10 @@ def read_log(run):
 def table_of(out):
     """The rows of the last results table in an output, in order: `{name: [sampled, interval, n, return, ...]}`."""
     rows = {}
-    for line in out.rpartition("sampled")[2].splitlines():
+    for line in out.rpartition("Success on the")[2].splitlines():
         name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("| ") and set(name) != {"-"}:
+        if line.startswith(("The sampled episodes", "Differences")):  # the other tables
+            break
+        if line.startswith("| ") and name and set(name) != {"-"}:
             rows[name] = cells
     return rows

@@ -11,7 +11,6 @@ import pytest
 from conftest import resolved, run_script, sft_folder, table_of, tiny_options, tiny_rl_options
 from corridor import Corridor
 
-import envs
 import eval as evaluation
 import reflect_rl
 import rl
@@ -96,24 +95,96 @@ def test_table_shows_the_figures(capsys):
     rows = evaluation.baseline_rows(args)
     evaluation.print_table(rows)
     out = capsys.readouterr().out
-    assert "test split" in out and list(table_of(out)) == ["random", "expert"]
-    figures = evaluation.summary(rows[1]["sampled"])
+    assert "test split" in out and "over 5 clusters" in out and list(table_of(out)) == ["random", "expert"]
+    figures = evaluation.summary(rows[1]["sampled"][0])
     middle = [f"{figures['return']:.2f}", f"{figures['length']:.1f}", "0.0%"]
-    intervals = [f"[{low:.1%}, {high:.1%}]" for low, high in (evaluation.wilson(10, 10), evaluation.wilson(5, 5))]
-    assert table_of(out)["expert"] == ["100.0%", intervals[0], "10", *middle, "100.0%", intervals[1], "5"]
+    low, high = evaluation.wilson(5, 5)  # of the clusters: repeats of a start say nothing new
+    interval = f"[{low:.1%}, {high:.1%}]"
+    assert table_of(out)["expert"] == ["100.0%", interval, "10", *middle, "100.0%", interval, "5"]
     assert table_of(out)["random"][-3:] == ["-"] * 3, "a random actor has no greedy action"
 
 
 def test_groups_are_reported_apart(capsys):
     """Catches groups that mix tasks, and a table that shows only the mean of all."""
     rows = evaluation.baseline_rows(resolved("--env", "alfworld", "--repeats", 1, tables=(evaluation.OPTIONS,)))
-    for row in rows:
-        for group, episodes in row["groups"].items():
-            assert [e for e in row["sampled"] if group in envs.make("alfworld").groups(e.task)] == episodes
-    assert len(rows[1]["groups"]["pick two obj and place"]) == 20
     evaluation.print_table(rows)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "pick two obj and place" in line]
-    assert [line.split("|")[1].strip() for line in lines] == ["random", "expert"] and "100.0%" in lines[1]
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "pick two obj and place" in line]
+    of_this_kind = [e for e in rows[0]["sampled"][0] if "pick two obj and place" in rows[0]["env"].groups(e.task)]
+    success = evaluation.summary(of_this_kind)["success"]
+    assert [[cell.strip() for cell in (line[1], line[3], line[5])] for line in lines] == [
+        ["random", f"{success:.1%}", "20"], ["expert", "100.0%", "20"],
+    ]
+
+
+def outcomes(*seeds):
+    """Episodes of Corridor tasks, a list a seed: `{task: [successes]}`."""
+    runs = []
+    for seed in seeds:
+        runs.append([])
+        for task, successes in seed.items():
+            for success in successes:
+                runs[-1].append(Episode([task, 0], success=bool(success)))
+    return runs
+
+
+def test_intervals_are_over_clusters_and_seeds():
+    """Catches repeats of one start that make an interval narrower, seeds that are left out, an empty interval where all
+    episodes ended alike."""
+    rng = random.Random(0)
+    once = {task: [rng.random() < 0.3] for task in range(200)}
+    low, high = evaluation.interval(outcomes(once), Corridor())
+    p = sum(sum(row) for row in once.values()) / 200
+    half = 1.96 * math.sqrt(p * (1 - p) / 200)  # episodes of their own: the normal approximation of a binomial
+    assert (low, high) == pytest.approx((p - half, p + half), abs=0.01)
+    often = {task: row * 9 for task, row in once.items()}
+    assert evaluation.interval(outcomes(often), Corridor()) == pytest.approx((low, high), abs=1e-9)
+    same, worse = outcomes(once, once), outcomes(once, {task: [0] for task in once})
+    assert evaluation.interval(same, Corridor()) == pytest.approx((low, high), abs=0.01)
+    assert evaluation.interval(worse, Corridor())[0] == 0.0, "a seed at 0 may be drawn twice"
+    for all_alike, expected in ((1, evaluation.wilson(4, 4)), (0, evaluation.wilson(0, 4))):
+        assert evaluation.interval(outcomes({task: [all_alike] * 3 for task in range(4)}), Corridor()) == expected
+
+
+def test_differences_are_paired():
+    """Catches two intervals laid side by side: of two policies that fail at the same hard starts, the one that also
+    solves a few more is better for sure."""
+    one, other = ({task: [task < limit] for task in range(100)} for limit in (60, 50))
+    gap, (low, high) = evaluation.difference(outcomes(one), outcomes(other), Corridor())
+    assert gap == pytest.approx(0.1) and 0.03 < low < 0.1 < high < 0.17
+    assert evaluation.interval(outcomes(one), Corridor())[0] < evaluation.interval(outcomes(other), Corridor())[1]
+    assert evaluation.difference(outcomes(one), outcomes(one), Corridor()) == (0.0, (0.0, 0.0))
+
+
+def test_what_was_played_is_not_played_again(runs, bases, capsys, monkeypatch):
+    """Catches a table that plays again, episodes of other weights, of another panel or half written that are taken for
+    these, seeds that are not pooled."""
+    for seed in (0, 1):
+        options = [*tiny_rl_options(bases["gpt2"], runs), "--seed", seed, "--eval-every", 0]
+        run_script(rl, *options, monkeypatch=monkeypatch)
+    first = capsys.readouterr().out
+    played, real = [], evaluation.play
+    monkeypatch.setattr(evaluation, "play", lambda *args, **more: played.append(args[0]) or real(*args, **more))
+
+    def again(*more):
+        played.clear()
+        run_script(evaluation, *eval_options(runs), *more, monkeypatch=monkeypatch)
+        out = capsys.readouterr().out
+        return out, [actor for actor in played if isinstance(actor, reflect_rl.Players)]
+
+    out, players = again()
+    assert players == [] or len(players) == 2  # the session's SFT run has an ablation that no table has shown yet
+    out, players = again()
+    assert not players and table_of(first)["corridor-rl-s1"] == table_of(out)["corridor-rl-s1"]
+    assert "corridor-rl, 2 seeds" in table_of(out) and "minus" in out
+    folder = runs / "corridor-rl-s0"
+    assert len(again("--repeats", 2)[1]) >= 2 and len(again("--split", "valid")[1]) >= 2
+    again()
+    path = folder / "episodes" / "test-sampled.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert len(again()[1]) == 1 and not again()[1]
+    weights = folder / "policy" / "adapter_model.safetensors"
+    shutil.copy(runs / "corridor-rl-s1" / "policy" / "adapter_model.safetensors", weights)
+    assert len(again()[1]) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -129,6 +200,8 @@ def test_table_of_all_runs(runs, bases, capsys, monkeypatch):
     on other tasks, that hides the others; each of them is named. Also a run of another module with the same class."""
     run_script(rl, *tiny_rl_options(bases["gpt2"], runs), "--eval-every", 0, monkeypatch=monkeypatch)
     good = runs / "corridor-rl-s0"
+    for kept in runs.glob("**/episodes"):  # played again here
+        shutil.rmtree(kept)
     for name in ("damaged", "elsewhere", "training", "another-env", "longer", "NaN"):
         shutil.copytree(good, runs / name)
     config = json.loads((good / "config.json").read_text())

@@ -96,7 +96,9 @@ TARGETS = [("gpt2", ["c_attn"]), ("gpt2", ["c_attn", "c_proj", "c_fc"]), ("llama
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("shape, targets", [*TARGETS, ("llama", "all-linear"), ("llama", "second layer"), ("gpt2", "ours"), ("llama", "ours")])
+@pytest.mark.parametrize("shape, targets", [
+    *TARGETS, ("llama", "all-linear"), ("llama", "second layer"), ("gpt2", "ours"), ("llama", "ours"),
+])
 def test_peft_agrees(shape, targets, bases, tmp_path):
     """Catches a key, a `fan_in_fan_out` or a scale that peft reads otherwise, an adapter of peft's (partial targets,
     random B) that we read onto the wrong layers."""
@@ -121,8 +123,9 @@ def test_peft_agrees(shape, targets, bases, tmp_path):
 
 
 FIELDS = {"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head"], "rank_pattern": {"c_fc": 2}}
-FIELDS |= {"alpha_pattern": {"c_fc": 2}, "trainable_token_indices": [0], "lora_bias": True, "bias": "all", "peft_type": "LOHA"}
-FIELDS |= {"alora_invocation_tokens": [5], "of_another_year": 1, "r": "16", "lora_alpha": None, "init_lora_weights": "pissa_niter_4"}
+FIELDS |= {"alpha_pattern": {"c_fc": 2}, "trainable_token_indices": [0], "lora_bias": True, "bias": "all"}
+FIELDS |= {"alora_invocation_tokens": [5], "of_another_year": 1, "peft_type": "LOHA", "r": "16", "lora_alpha": None}
+FIELDS |= {"init_lora_weights": "pissa_niter_4"}
 DAMAGES = ["no config", "half a config", "no weights", "half of the weights", "NaN weights", "wrong base", *FIELDS]
 
 
