@@ -278,7 +278,10 @@ def probe(model):
 
 @functools.cache
 def source_of(cls):
-    return inspect.getsource(cls)
+    try:
+        return inspect.getsource(cls)
+    except OSError:  # made at run time
+        return ""
 
 
 def add_adapter(model, name, r=16, alpha=8, targets=None):

@@ -477,8 +477,6 @@ def run_name(args):
 def resolve(args):
     """Fill in what the algorithm decides, and refuse what makes no sense."""
     vars(args).update(ALGORITHMS[args.algo])
-    for name, (default, *_) in sft.OWN_OPTIONS.items():  # options of `sft.py` alone
-        setattr(args, name, vars(args).get(name, default))
     # A wrong --name, a run that exists or one with other settings is refused now, and not after SFT.
     check_settings(Path(args.runs) / run_name(args), args, args.resume)
     if args.episodes % args.group:

@@ -51,8 +51,6 @@ OPTIONS = {
                      updates_or_auto),
     "targets": ("", "layers that get LoRA, by their last names, such as q_proj,v_proj; all linear ones if none"),
     "lr": (4e-3, "peak learning rate; the paper's is 2e-4, for a large model", 0.0),
-}
-OWN_OPTIONS = {
     "batch": (16, "examples in an update", 1),
     "rank": (16, "LoRA rank, the paper's", 1),
     "alpha": (8.0, "LoRA alpha, the paper's", 0.0),
@@ -257,7 +255,7 @@ def held_out(players, records, stage):
 
 def sft_args(args):
     """The settings that this stage depends on, and no others: RL runs that share them share the adapters."""
-    tables = COMMON | DATA_OPTIONS | OPTIONS | OWN_OPTIONS
+    tables = COMMON | DATA_OPTIONS | OPTIONS
     return argparse.Namespace(**{key: value for key, value in vars(args).items() if key in tables})
 
 
@@ -311,7 +309,7 @@ def run(args, stages):
 def main():
     parser = argparse.ArgumentParser(description="Supervised fine-tuning of reflector and policy.")
     stage = {"stage": ("", "reflect, policy or plain (default: reflect, then policy)", ("reflect", "policy", "plain"))}
-    add_options(parser, COMMON, DATA_OPTIONS, OPTIONS, OWN_OPTIONS, stage)
+    add_options(parser, COMMON, DATA_OPTIONS, OPTIONS, stage)
     args = parse_args(parser)
     run(args, [args.stage] if args.stage else ["reflect", "policy"])
 

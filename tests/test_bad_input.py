@@ -83,7 +83,7 @@ def test_every_script_refuses_typos(script, refused, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("script, tables", [
-    (sft, [reflect_rl.COMMON, sft.DATA_OPTIONS, sft.OPTIONS, sft.OWN_OPTIONS]), (rl, [rl.OPTIONS]),
+    (sft, [reflect_rl.COMMON, sft.DATA_OPTIONS, sft.OPTIONS]), (rl, [rl.OPTIONS]),
     (evaluation, [evaluation.OPTIONS]),
 ])
 def test_every_number_has_a_bound(script, tables, capsys, monkeypatch):

@@ -318,17 +318,19 @@ def test_other_settings_have_another_folder(tmp_path, monkeypatch):
 
     def folder(options, *more):
         args = resolved("--device", "cpu", *options.split(), tables=(sft.DATA_OPTIONS, sft.OPTIONS, *more))
-        return sft.folder_of(args) if sft.OWN_OPTIONS in more else (rl.resolve(args), sft.folder_of(args))[1]
+        if rl.OPTIONS in more:
+            rl.resolve(args)
+        return sft.folder_of(args)
 
-    folders = [folder(options, sft.OWN_OPTIONS) for options in ["", *OTHER]]
+    folders = [folder(options) for options in ["", *OTHER]]
     for text in ("one", "another"):
         (tmp_path / "own.jsonl").write_text(text)
-        folders.append(folder(f"--data {tmp_path / 'own.jsonl'}", sft.OWN_OPTIONS))
+        folders.append(folder(f"--data {tmp_path / 'own.jsonl'}"))
     assert len(set(folders)) == len(folders) and all("-sft-s" in path.name for path in folders)
     for same in ("--micro-batch 3 --dtype autocast", "--algo ppo --name x", "--no-reflection"):
-        more = [sft.OWN_OPTIONS] if "micro" in same else [rl.OPTIONS]
-        assert folder(same, *more) == folders[0]
-    assert folder("--negatives 0", sft.OWN_OPTIONS) == folder("--no-negatives", sft.OWN_OPTIONS)
+        assert folder(same, *([] if "micro" in same else [rl.OPTIONS])) == folders[0]
+    assert folder("--batch 2 --algo ppo", rl.OPTIONS) == folder("--batch 2")
+    assert folder("--negatives 0") == folder("--no-negatives")
 
 
 def test_no_negatives_trains_on_none(bases, tmp_path, monkeypatch):
@@ -366,7 +368,7 @@ def test_a_second_run_waits_for_the_first(bases, runs, monkeypatch):
     began = threading.Event()
     monkeypatch.setattr(sft, "fit", lambda *rest: began.set())
     options = tiny_options(bases["gpt2"], runs)
-    args = resolved(*options, tables=(sft.DATA_OPTIONS, sft.OPTIONS, sft.OWN_OPTIONS))
+    args = resolved(*options, tables=(sft.DATA_OPTIONS, sft.OPTIONS))
     first = reflect_rl.Run(sft_folder(runs), sft.sft_args(args), resume=True)
     second = threading.Thread(target=lambda: run_script(sft, *options, monkeypatch=monkeypatch))
     second.start()
@@ -379,7 +381,7 @@ def test_a_second_run_waits_for_the_first(bases, runs, monkeypatch):
 def test_mended_records_under_the_same_name_have_another_folder(tmp_path):
     """Catches adapters of the old records that count as done after the file was mended."""
     path = tmp_path / "records.jsonl"
-    tables, names = (sft.DATA_OPTIONS, sft.OPTIONS, sft.OWN_OPTIONS), set()
+    tables, names = (sft.DATA_OPTIONS, sft.OPTIONS), set()
     for content in ("old", "mended"):
         path.write_text(content)
         names.add(sft.folder_of(resolved("--data", path, "--device", "cpu", tables=tables)).name)
