@@ -291,11 +291,14 @@ def add_adapter(model, name, r=16, alpha=8, targets=None):
     """
     if not lora_layers(model):
         model.requires_grad_(False)
-    layers = plain_layers(model)
-    if targets:
-        layers = {path: layer for path, layer in layers.items() if {path, path.rpartition(".")[2]} & set(targets)}
-    if not layers:
-        raise UserError(f"the model has no linear layer to adapt{f' among {sorted(targets)}' if targets else ''}")
+    layers, unknown = plain_layers(model), set(targets or ())
+    for path in list(layers) if targets else ():
+        names = {path, path.rpartition(".")[2]}
+        unknown -= names
+        if not names & set(targets):
+            del layers[path]
+    if unknown or not layers:
+        raise UserError(f"the model has no linear layer to adapt {', '.join(sorted(unknown))[:200]}".rstrip())
     for path, layer in layers.items():
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear(layer)
@@ -325,8 +328,8 @@ def adapter_parameters(model, name):
 
 def hub_name(path):
     """What a base is called elsewhere: a folder of the hub's cache by its name on the hub."""
-    found = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", Path(path).as_posix())
-    return "/".join(found.groups()) if found else path
+    found = re.search(r"models--([^/]+)/snapshots/", Path(path).as_posix())
+    return found[1].replace("--", "/") if found else path
 
 
 def save_adapter(model, name, folder):
@@ -434,12 +437,15 @@ def load_base(path="nano", device="cpu", dtype="fp32"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=weights, trust_remote_code=False,
-                                                           output_loading_info=True)
+                                                           output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:  # a damaged file may raise anything
         what = "causal LM with a tokenizer" if is_folder else "directory, and no causal LM from the hub"
         raise UserError(f"{path} is no {what}: {one_line(str(error) or repr(error))[:300]}") from None
-    if info["missing_keys"]:  # transformers would draw them at random
-        raise UserError(f"{path} has no weights of {', '.join(sorted(info['missing_keys']))[:200]}")
+    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if lacking:  # transformers would draw them at random
+        raise UserError(f"{path} has no weights of the right shape of {', '.join(lacking)[:200]}")
+    if getattr(model.config, "quantization_config", None) and not getattr(model, "hf_quantizer", None):
+        raise UserError(f"{path} is quantised in a way that transformers does not know")
     model = model.to(device).eval()  # eval(): dropout stays off in every stage, LoRA has none
     check_base(model, tokenizer, path)
     return model, tokenizer
@@ -455,7 +461,7 @@ def check_base(model, tokenizer, path):
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(f"the tokenizer of {path} has no end-of-text token, which ends a reflection")
-    if end in encode(tokenizer, f"a {tokenizer.eos_token}"):
+    if end in encode(tokenizer, f"{tokenizer.eos_token} a"):
         raise UserError(f"the tokenizer of {path} takes {tokenizer.eos_token} in a text for its end")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError(f"{path} has weights that are not finite")
@@ -1180,7 +1186,7 @@ def merge(args, name, folder, out):
     for path, layer in lora_layers(players.model).items():
         change = layer.lora_B[name] @ layer.lora_A[name] * layer.scale[name]  # (d_out, d_in)
         with torch.no_grad():
-            layer.weight += (change.T if isinstance(layer.base, Conv1D) else change).to(layer.weight.dtype)
+            layer.weight.add_(change.T if isinstance(layer.base, Conv1D) else change)
         players.model.set_submodule(path, layer.base)
     players.model.save_pretrained(out)
     players.tokenizer.save_pretrained(out)

@@ -283,6 +283,9 @@ def run(args, stages):
     # What cannot work leaves no folder behind: the environment, the base and one's own records come first.
     make_env()
     players = load_players(args, {})
+    for stage in todo:
+        torch.manual_seed(args.seed)
+        add_adapter(players.model, stage, args.rank, args.alpha, args.targets.split(",") if args.targets else None)
     own = negatives.hold_out(negatives.read_records(args.data)) if args.data else None
 
     whole = Run(folder, sft_args(args), resume=True, wait=True)
@@ -296,8 +299,6 @@ def run(args, stages):
         check_lengths(pairs[stage], data["train"], stage, players)
         check_lengths(examples_of(sample, stage, players), sample, stage, players)
     for stage in todo:
-        torch.manual_seed(args.seed)
-        add_adapter(players.model, stage, args.rank, args.alpha, args.targets.split(",") if args.targets else None)
         stage_run = Run(folder / stage, sft_args(args), resume=True)
         steps = args.reflect_steps if stage == "reflect" else args.policy_steps
         fit(stage_run, players, stage, pairs[stage], sample, steps, args)

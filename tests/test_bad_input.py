@@ -158,30 +158,8 @@ def change_config(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def change_weights(folder, change):
-    path = folder / "model.safetensors"
-    save_file(change(load_file(path)), path, metadata={"format": "pt"})
-
-
 def other_tokenizer(folder, tokenizer, **special):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-
-
-def pickled_weights(folder):
-    (folder / "model.safetensors").unlink()
-    torch.save({"transformer.wte.weight": Bomb(folder)}, folder / "pytorch_model.bin")
-
-
-def an_adapter(folder):
-    (folder / "config.json").unlink()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "gpt2"}))
-
-
-def own_code(folder):
-    (folder / "own.py").write_text(f"open({str(folder / 'exploded')!r}, 'w')\nclass Own: pass\n")
-    names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": names}))
-    return {"auto_map": names}
 
 
 def halve(path):
@@ -201,27 +179,18 @@ SPOILT = {
     "other shapes": lambda folder: change_config(folder, n_embd=64),
     "unknown model": lambda folder: change_config(folder, model_type="oracle"),
     "no LM": lambda folder: change_config(folder, model_type="vit"),
-    "layers missing": lambda folder: change_weights(folder, lambda w: {key: w[key] for key in w if ".h.1." not in key}),
-    "NaN": lambda folder: change_weights(folder, lambda w: {key: w[key] * torch.nan for key in w}),
-    "pickled weights": pickled_weights,
-    "adapter": an_adapter,
-    "no end": lambda folder: other_tokenizer(folder, Tokenizer.from_file(str(folder / "tokenizer.json"))),
     "no labels": lambda folder: other_tokenizer(folder, WORDS, unk_token="<unk>", eos_token="</s>"),
-    "own tokenizer": own_code,
-    "own model": lambda folder: change_config(folder, model_type="oracle", **own_code(folder)),
 }
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_a_directory_that_is_no_base(kind, refused, tmp_path, bases, monkeypatch):
-    """Catches a traceback out of transformers, a hub download in place of an error, layers drawn at random, code that
-    is run or asked for."""
-    monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("asked on standard input"))
+def test_a_directory_that_is_no_base(kind, refused, tmp_path, bases):
+    """Catches a traceback out of transformers, and a hub download in place of an error; test_bases has the others."""
     folder = shutil.copytree(bases["gpt2"], tmp_path / "model")
     SPOILT[kind](folder)
     line = refused(sft, *tiny_options(folder, tmp_path / "runs"))
-    assert {"no labels": "0 one-token labels"}.get(kind, str(folder)) in line
-    assert not list(tmp_path.glob("runs/**/*.pt")) and not list(tmp_path.rglob("exploded"))
+    assert ("0 one-token labels" if kind == "no labels" else str(folder)) in line
+    assert not list(tmp_path.glob("runs/**/*.pt"))
 
 
 # ---------------------------------------------------------------------------------------------------------
