@@ -444,8 +444,12 @@ def load_base(path="nano", device="cpu", dtype="fp32"):
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if lacking:  # transformers would draw them at random
         raise UserError(f"{path} has no weights of the right shape of {', '.join(lacking)[:200]}")
-    if getattr(model.config, "quantization_config", None) and not getattr(model, "hf_quantizer", None):
-        raise UserError(f"{path} is quantised in a way that transformers does not know")
+    names, unused = dict(model.named_parameters()), sorted(info["unexpected_keys"])
+    scales = [key for key in unused if key.rpartition("weight")[0] + "weight" in names]  # `x.weight_scale_inv`
+    if getattr(model.config, "quantization_config", None) or scales:
+        raise UserError(f"{path} is quantised: {', '.join(scales)[:200] or 'load it in full precision first'}")
+    if unused:
+        print(f"note: {path} has {len(unused)} tensors that this model does not use, such as {unused[0]}")
     model = model.to(device).eval()  # eval(): dropout stays off in every stage, LoRA has none
     check_base(model, tokenizer, path)
     return model, tokenizer
@@ -1180,8 +1184,6 @@ def load_players(args, adapters):
 
 def merge(args, name, folder, out):
     """Write the base with one adapter in its weights: a plain model that needs nothing of ours."""
-    if Path(out).exists():
-        raise UserError(f"{out} exists already")
     players = load_players(args, {name: folder})
     for path, layer in lora_layers(players.model).items():
         change = layer.lora_B[name] @ layer.lora_A[name] * layer.scale[name]  # (d_out, d_in)
@@ -1210,6 +1212,8 @@ def main():
         raise UserError(f"no run of {args.env} in {args.runs} can play: make one with python rl.py --env {args.env}")
     folder = args.run or able[-1]
     args = as_trained(args, folder)
+    if args.merge and Path(args.merge).exists():
+        raise UserError(f"{args.merge} exists already")
     if args.merge:
         for name, adapter in adapters_of(folder).items():
             merge(args, name, adapter, Path(args.merge) / name)

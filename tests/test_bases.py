@@ -122,6 +122,9 @@ UNFIT = {
     "bitsandbytes": (lambda f: quantise(f, "bitsandbytes"), "bitsandbytes|quantised"),
     "gptq": (lambda f: quantise(f, "gptq"), "optimum|quantised"),
     "a quantisation of another year": (lambda f: quantise(f, "oracle"), "quantised"),
+    "scales beside the weights": (
+        lambda f: change_weights(f, lambda w: {WEIGHT: 9 * w, f"{WEIGHT}_scale_inv": torch.ones(1) / 9}), "quantised"
+    ),
     "no end": (lambda f: other_tokenizer(f, Tokenizer.from_file(str(f / "tokenizer.json"))), "no end-of-text token"),
     "the end is a word": (end_is_a_word, "takes </s> in a text"),
     "reads both ways": (read_both_ways, "not causal"),
@@ -144,6 +147,14 @@ def test_what_is_no_whole_causal_lm_is_refused_in_one_line(kind, bases, tmp_path
     line = str(refusal.value)
     assert str(folder) in line and re.search(says, line) and "\n" not in line and len(line) < 600, line
     assert not list(tmp_path.rglob("exploded"))
+
+
+def test_a_checkpoint_that_is_cut_short_says_so(bases, tmp_path, capsys):
+    """Catches layers of the file that the config does not mention and that are left out without a word."""
+    folder = shutil.copytree(bases["gpt2"], tmp_path / "model")
+    change_config(folder, n_layer=1)
+    reflect_rl.load_base(folder)
+    assert re.search("^note: .* this model does not use, such as transformer.h.1", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("shape, kind", [("gpt2", "tied"), ("llama", "bin"), ("gpt2", "own code")])
