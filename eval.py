@@ -143,45 +143,48 @@ def evaluate(actor, make_env, split="test", repeats=3, greedy=False, known=None)
 def row(name, make_actor, args, folder=None, adapters=()):
     """A line of the table: sampled and greedy episodes of one actor. With a `folder` they are kept there, or read again
     where the same players have played the same panel."""
-    make_env, kept, actor, known = env_factory(args), {}, None, {}
-    weights = hashlib.sha256(b"".join((path / "adapter_model.safetensors").read_bytes() for path in adapters))
-    panel = {"split": args.split, "repeats": args.repeats, "env_option": sorted(args.env_option), "base": args.base}
-    panel |= {"players": weights.hexdigest(), "horizon": make_env().horizon, "max_reflection": args.max_reflection}
-    for greedy in (False, True):
-        path = folder and Path(folder) / "episodes" / f"{args.split}-{'greedy' if greedy else 'sampled'}.jsonl"
-        kept[greedy] = read_episodes(path, panel) if path else None
-        if kept[greedy] is None:
+    make_env, panel, known = env_factory(args), panel_of(args, adapters), {}
+    played, actor = {"sampled": [], "greedy": []}, None
+    for kind in played:
+        path = folder and Path(folder) / "episodes" / f"{args.split}-{kind}-{digest(panel)[:6]}.jsonl"
+        episodes = read_episodes(path) if path else None
+        if episodes is None:
             actor = actor or make_actor()
-            if greedy and actor is random_actor:
-                continue
-            kept[greedy] = evaluate(actor, make_env, args.split, args.repeats, greedy, known)
+            if kind == "greedy" and actor is random_actor:
+                episodes = []  # it has no most probable action
+            else:
+                episodes = evaluate(actor, make_env, args.split, args.repeats, kind == "greedy", known)
             if path:
-                write_episodes(path, panel, kept[greedy])
-    played = {"sampled": [kept[False]], "greedy": [kept[True] or []]}  # a list a seed, see `pooled`
+                path.parent.mkdir(exist_ok=True)
+                lines = [panel, *map(dataclasses.asdict, episodes)]
+                write(path, "".join(json.dumps(line) + "\n" for line in lines))
+        played[kind].append(episodes)  # a list a seed, see `pooled`
     return {"name": name, "split": args.split, "env": make_env(), **played}
 
 
-def write_episodes(path, panel, episodes):
-    """A line that says what the panel was, then one an episode."""
-    path.parent.mkdir(exist_ok=True)
-    lines = [json.dumps(panel)]
-    lines += [json.dumps(dataclasses.asdict(episode)) for episode in episodes]
-    write(path, "\n".join(lines) + "\n")
+def panel_of(args, adapters):
+    """All that decides what is played, as JSON: other settings, tasks or weights have a file of their own."""
+    env = env_factory(args)()
+    panel = {"split": args.split, "repeats": args.repeats, "panel": PANEL, "env_option": sorted(args.env_option)}
+    panel |= {"base": args.base, "max_reflection": args.max_reflection, "horizon": env.horizon}
+    weights = [(path / "adapter_model.safetensors").read_bytes() for path in adapters]
+    return panel | {"tasks": digest(env.tasks(args.split)), "players": [hashlib.sha256(w).hexdigest() for w in weights]}
 
 
-def read_episodes(path, panel):
-    """The episodes of a file, or None where it is not there, damaged, or of another panel."""
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_episodes(path):
+    """The episodes of a file, behind the line that says what they are; None where it is not there or damaged."""
+    episodes = []
     try:
-        first, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        if json.loads(first) != json.loads(json.dumps(panel)):
-            return None
-        episodes = []
-        for line in lines:
+        for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")[1:]:
             fields = json.loads(line)
             episodes.append(Episode(**{**fields, "steps": [Step(**step) for step in fields["steps"]]}))
-        return episodes
     except (OSError, ValueError, TypeError, KeyError):
         return None
+    return episodes
 
 
 def baseline_rows(args):

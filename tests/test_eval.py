@@ -179,8 +179,11 @@ def test_what_was_played_is_not_played_again(runs, bases, capsys, monkeypatch):
     folder = runs / "corridor-rl-s0"
     assert len(again("--repeats", 2)[1]) >= 2 and len(again("--split", "valid")[1]) >= 2
     again()
-    path = folder / "episodes" / "test-sampled.jsonl"
-    path.write_bytes(path.read_bytes()[:-30])
+    assert not again("--repeats", 2)[1], "each panel has a file of its own"
+    files = list((folder / "episodes").glob("test-sampled-*"))
+    assert len(files) == 2
+    for path in files:
+        path.write_bytes(path.read_bytes()[:-30])
     assert len(again()[1]) == 1 and not again()[1]
     weights = folder / "policy" / "adapter_model.safetensors"
     shutil.copy(runs / "corridor-rl-s1" / "policy" / "adapter_model.safetensors", weights)
