@@ -67,9 +67,10 @@ def bootstrap(sums, counts):
 
 def by_cluster(runs, env):
     """Successes and episodes of each seed's episodes in each cluster: two arrays, (seeds, clusters)."""
-    clusters = sorted({env.cluster(episode.task) for episode in runs[0]})
-    column = {cluster: i for i, cluster in enumerate(clusters)}
-    sums, counts = np.zeros((2, len(runs), len(clusters)))
+    column = {}  # cluster -> its number
+    for episode in runs[0]:
+        column.setdefault(env.cluster(episode.task), len(column))
+    sums, counts = np.zeros((2, len(runs), len(column)))
     for seed, episodes in enumerate(runs):
         for episode in episodes:
             sums[seed, column[env.cluster(episode.task)]] += episode.success
@@ -219,8 +220,11 @@ def pooled(rows):
     found = []
     for kind, seeds in kinds.items():
         if len(seeds) > 1:
-            both = {key: sum((r[key] for r in seeds), []) for key in ("sampled", "greedy")}
-            found.append({**seeds[0], "name": f"{kind}, {len(seeds)} seeds", **both})
+            whole = {**seeds[0], "name": f"{kind}, {len(seeds)} seeds"}
+            for other in seeds[1:]:
+                whole["sampled"] = whole["sampled"] + other["sampled"]
+                whole["greedy"] = whole["greedy"] + other["greedy"]
+            found.append(whole)
     return found
 
 
@@ -254,13 +258,12 @@ def print_table(rows):
                     groups.setdefault(group, [[] for _ in r["sampled"]])[seed].append(episode)
         for group in sorted(groups):
             by_group.append([r["name"], group, *rate(groups[group], env)])
-    trained = [r for r in rows if r["name"] not in ("random", "expert")]
-    seeds = max((len(r["sampled"]) for r in trained), default=0)
-    compared = [r for r in trained if len(r["sampled"]) == seeds]
-    for i, r in enumerate(compared):
-        for other in compared[:i]:
-            gap, (low, high) = difference(r["sampled"], other["sampled"], env)
-            differences.append([r["name"], other["name"], f"{gap:+.1%}", f"[{low:+.1%}, {high:+.1%}]"])
+    seeds = len(rows[-1]["sampled"])  # of the pooled rows, where there are any: these are compared
+    for i, r in enumerate(rows):
+        for other in rows[:i]:
+            if other["name"] not in ("random", "expert") and len(r["sampled"]) == len(other["sampled"]) == seeds:
+                gap, (low, high) = difference(r["sampled"], other["sampled"], env)
+                differences.append([r["name"], other["name"], f"{gap:+.1%}", f"[{low:+.1%}, {high:+.1%}]"])
     clusters = by_cluster(rows[0]["sampled"], env)[0].shape[1]
     heading = f"Success on the {rows[0]['split']} split, 95% intervals over {clusters} clusters (and seeds); failed: " \
         "ended badly by the environment"

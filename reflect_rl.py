@@ -594,10 +594,10 @@ class Players:
         groups = collections.defaultdict(list)  # numbers of the prompts that are decoded together
         for number, prompt in enumerate(prompts):
             groups[0 if self.can_pad else len(prompt)].append(number)
-        texts = {}
+        texts = dict.fromkeys(range(len(prompts)))  # in the order of the prompts
         for numbers in groups.values():
             texts.update(zip(numbers, self.decode([prompts[number] for number in numbers]), strict=True))
-        return [texts[number] for number in range(len(prompts))]
+        return list(texts.values())
 
     def decode(self, rows):
         """Rows of token ids -> the texts that follow, with a KV cache; where it can, a finished row leaves the batch.
@@ -605,9 +605,12 @@ class Players:
         Left-padded, so that all go on from the last position. The mask comes from lengths: a padding id that equals EOS
         does no harm.
         """
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        ids, mask = [], []
+        for row in rows:
+            padding = [0] * (max(map(len, rows)) - len(row))
+            ids.append(padding + row)
+            mask.append(padding + [1] * len(row))
+        ids, mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
         # playing: the number of the row that stands at each place of the batch; going: those that have not ended
         playing, going = list(range(len(rows))), set(range(len(rows)))
         written, cache, use_cache = [[] for _ in rows], None, takes(self.model, self.cache_name)
