@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import rl
 import sft
 from envs import run_main
+import reflect_rl
 from reflect_rl import (
     COMMON, adapter_parameters, adapters_of, add_adapter, add_options, as_trained, env_factory, load_players,
     one_line, parse_args, play, reflector_prompt, right_pad, use_adapter,
@@ -210,8 +211,18 @@ def size(model):
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
+def conv_layers(model):
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (reflect_rl.Conv1D, reflect_rl.LoRALinear)) and not path.endswith(".base"):
+            found[path] = module
+    return found
+
+
 def print_memory():
     """Two players against one, and against the two LMs that the paper's formulation has."""
+    # On the meta device no pass can show which layers are called: of GPT-2 all are.
+    reflect_rl.plain_layers = conv_layers
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=1600, n_layer=48, n_head=25))
         bare = size(model)
