@@ -276,5 +276,5 @@ def test_peft(way, family, players, tmp_path):
         reflect_rl.use_adapter(model, None)
         assert (logits_of(model, range(5, 60)) - expected).abs().max() > 0.1
         reflect_rl.use_adapter(model, "policy")
-        # Logits of up to 50, whose products are summed in another order.
-        torch.testing.assert_close(logits_of(model, range(5, 60)), expected, atol=1e-3, rtol=1e-4)
+        # Kimi Linear's recurrent state makes 1.4e-4 of the rounding of sums in another order.
+        torch.testing.assert_close(logits_of(model, range(5, 60)), expected, atol=3e-4, rtol=1e-4)
