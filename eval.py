@@ -167,7 +167,7 @@ def panel_of(args, adapters):
     """All that decides what is played, as JSON: other settings, tasks or weights have a file of their own."""
     env = env_factory(args)()
     panel = {"split": args.split, "repeats": args.repeats, "panel": PANEL, "env_option": sorted(args.env_option)}
-    panel |= {"base": args.base, "max_reflection": args.max_reflection, "horizon": env.horizon}
+    panel |= {"base": args.base, "dtype": args.dtype, "max_reflection": args.max_reflection, "horizon": env.horizon}
     weights = [(path / "adapter_model.safetensors").read_bytes() for path in adapters]
     return panel | {"tasks": digest(env.tasks(args.split)), "players": [hashlib.sha256(w).hexdigest() for w in weights]}
 
