@@ -6,7 +6,9 @@ shows of the file.
 
 Twelve repositories in repos/ were written by hand. Generated ones are made of the words in themes.json; reworded ones
 are those of repos/ in other words. Training has many that come up only once, because words that are met again and
-again are learned by heart and not compared.
+again are learned by heart and not compared. The splits `test` and `final` are people/: small repositories as people
+have them, with questions as a colleague asks them, none made by a rule. `templates`, in the rules' words, is from two
+of repos/ and ten generated ones that training never shows.
 
     python data/autoexplore/prepare.py                               # write repos.json.gz; --check compares with it
     python data/autoexplore/prepare.py --repos DIR --out FILE.json   # such a file of a directory of yours
@@ -655,6 +657,16 @@ def pool():
     return splits, trees, ask(splits, written, "written", PER_FILE), ask(made_splits, trees, "generated", 1)
 
 
+def people(split):
+    """`({name: tree}, tasks)` of a split of people/."""
+    folder, trees = HERE / "people" / split, {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            trees[path.name] = read_directory(path)
+    lines = (folder / "questions.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    return trees, [checked_task({**json.loads(line), "kind": "people's"}, trees) for line in lines]
+
+
 def make():
     """`{"repos": {name: tree}, "tasks": {split: tasks}}` as it is shipped."""
     splits, trees, tasks, made = pool()
@@ -671,7 +683,10 @@ def make():
             name, tree = f"reworded:{seed}:{original}", reworded_tree(seed, original, trees[original])
         trees[name] = tree
         tasks["train"].append(rng.choice(tasks_of_tree(tree, name, kind, rng, 1)))
-    tasks = {split: tasks[split] for split in ("train", "valid", "test")}
+    tasks = {"train": tasks["train"], "valid": tasks["valid"], "templates": tasks["test"]}
+    for split in ("test", "final"):
+        more, tasks[split] = people(split)
+        trees |= more
     used = {task["repo"] for split in tasks for task in tasks[split]}
     return {"repos": {name: shown_tree(trees[name]) for name in sorted(used)}, "tasks": tasks}
 

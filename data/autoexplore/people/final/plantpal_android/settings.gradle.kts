@@ -1,0 +1,9 @@
+rootProject.name = "plantpal"
+include(":app")
+
+dependencyResolutionManagement {
+    repositories {
+        google()
+        mavenCentral()
+    }
+}

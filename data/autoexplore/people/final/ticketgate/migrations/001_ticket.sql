@@ -1,0 +1,5 @@
+CREATE TABLE ticket (
+  code char(10) PRIMARY KEY,
+  event int NOT NULL,
+  used_at timestamptz
+);
