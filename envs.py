@@ -48,6 +48,7 @@ class Env:
     horizon = 30  # steps after which an episode is truncated
     settings = {}  # its own defaults of command-line options, such as {"trajectories": 1000}
     training = {}  # reset options of training episodes and teacher data (augmentation); evaluation has none
+    panels = ("test",)  # splits that rl.py evaluates in the end
     curriculum = ()  # stages of the online training, see curriculum.py: [(name, share, reset options), ...]
 
     def reset(self, *, seed=None, options=None):
@@ -59,7 +60,10 @@ class Env:
         raise missing(self, "step")
 
     def tasks(self, split):
-        """The fixed list of tasks of a split, `train`, `valid` or `test`; the three are disjoint, none is empty."""
+        """The fixed list of tasks of a split, `train`, `valid` or `test`; they are disjoint, none is empty.
+
+        Ours also have `final`, which is played once, for the README.
+        """
         raise missing(self, "tasks")
 
     def groups(self, task):
@@ -155,6 +159,8 @@ LANDMARKS = ((0, 0), (0, 4), (4, 0), (4, 3))  # R, G, Y, B as (row, column), Tax
 ON_BOARD = 4  # Taxi-v3's passenger index when the passenger is in the taxi
 MOVES = {0: (1, 0), 1: (-1, 0), 2: (0, 1), 3: (0, -1)}  # action -> (row, column) step: south, north, east, west
 PICKUP, DROPOFF = 4, 5
+# With `holdout=pairs`: (passenger, destination) of no training trip. In training every landmark is twice either.
+PAIRS = {(0, 1): "valid", (1, 2): "test", (2, 3): "final", (3, 0): "final"}
 
 
 def taxi_encode(row, col, passenger, destination):
@@ -184,17 +190,29 @@ class DangerousTaxi(BuiltIn):
     A task is a Taxi-v3 state number. Modes: `pickup` (success at pickup), `dropoff` (the passenger is on board from
     the start), `full`. Rewards are Taxi-v3's over 20; death costs 10/20; `milestone` is paid at the first pickup.
     Horizon 30: the longest shortest trip is 18 moves, so an agent can still recover from half a dozen detours.
+
+    Held out are starts, as in the paper: a test trip begins where none of training does, and passes through states of
+    training. With `holdout="pairs"` they are pairs of passenger and destination, whose maps training never shows before
+    the pickup: a harder question, whether map reading is more than the recall of eight maps.
     """
 
     actions = ("move south", "move north", "move east", "move west", "pick up the passenger", "drop off the passenger")
     modes = ("full", "pickup", "dropoff")
 
-    def __init__(self, mode="full", milestone=0.0, horizon=30):
+    def __init__(self, mode="full", milestone=0.0, horizon=30, holdout="starts"):
+        if holdout not in ("starts", "pairs"):
+            raise UserError(f"unknown holdout {holdout!r} of DangerousTaxi: starts or pairs")
         # All starts that share taxi cell and destination are in one split: in `dropoff` mode they are the same start.
         groups, tasks = list(itertools.product(range(5), range(5), range(4))), {}  # row, column, destination
         random.Random(0).shuffle(groups)  # always the same order
-        for split, part in (("train", groups[:60]), ("valid", groups[60:70]), ("test", groups[70:])):
-            tasks[split] = [taxi_encode(row, col, p, d) for row, col, d in part for p in range(4) if p != d]
+        parts = {"train": groups[:45], "valid": groups[60:70], "test": groups[70:], "final": groups[45:60]}
+        for split, part in parts.items():
+            tasks[split] = []
+            for row, col, destination in groups if holdout == "pairs" else part:
+                for p in range(4):
+                    other = holdout == "pairs" and PAIRS.get((p, destination), "train") != split
+                    if p != destination and not other:
+                        tasks[split].append(taxi_encode(row, col, p, destination))
         super().__init__(tasks, horizon, mode=mode, milestone=milestone)
 
     def begin(self, task, options):
@@ -328,12 +346,14 @@ class AutoExplore(BuiltIn):
     settings = {"labels": "words", "trajectories": 2000, "negatives": 0.75, "reflect_steps": 1000, "policy_steps": 500,
                 "updates": 40, "eval_every": 40, "rl_lr": 2e-3, "max_reflection": 160}
     training = {"shuffle": True, "leave_out": 0.2}
+    panels = ("templates", "test")  # questions as in training about other repositories; and as people ask them
 
     def __init__(self, repos=None, horizon=15, shuffle=False, leave_out=0.0):
         own = beside("autoexplore/prepare.py").read(os.path.abspath(str(repos))) if repos else None
         data = own or shipped("autoexplore/repos.json.gz")  # not checked here: a test compares it with its maker's
         self.repos = data["repos"]  # {name: tree}
         super().__init__(data["tasks"], horizon, shuffle=shuffle, leave_out=leave_out)
+        self.panels = [split for split in self.panels if split in data["tasks"]]  # your own have no templates
 
     def groups(self, task):
         return f"depth {task['depth']}", f"{task['kind']} repository"

@@ -2,8 +2,8 @@
 
 house.json says which receptacles and objects a kind of room has, and what fits where. A room is drawn from these tables
 with a seed of its own; its task asks for one of ALFWorld's six kinds of errand. The splits share no room:
-their seeds differ, and so do their classes of furniture (`layout_class`). A fifth of the combinations of room, object
-and target are left out of training; every second test task has one of these.
+their seeds differ, and so does their furniture (`layout_class`). A fifth of the combinations of room, object and target
+are left out of training; every second task of `test` and `final` has one of these.
 
     python data/alfworld/prepare.py            # writes data/alfworld/tasks.json.gz
     python data/alfworld/prepare.py --check    # draws them again and compares; exit code 1 on a difference
@@ -23,9 +23,9 @@ sys.path.append(str(HERE.parents[1]))  # the folder of envs.py
 import envs  # noqa: E402
 
 FILE = HERE / "tasks.json.gz"
-COUNTS = {"train": 300, "valid": 10, "test": 20}  # tasks of each of the six types
-FIRST_SEEDS = {"train": 0, "valid": 1_000_000, "test": 2_000_000}
-LAYOUTS = {"train": range(7), "valid": range(7, 8), "test": range(8, 10)}  # classes of furniture of each split
+COUNTS = {"train": 300, "valid": 10, "test": 20, "final": 20}  # tasks of each of the six types
+FIRST_SEEDS = {"train": 0, "valid": 1_000_000, "test": 2_000_000, "final": 3_000_000}
+LAYOUTS = {"train": range(7), "valid": range(7, 8), "test": range(8, 10), "final": range(8, 10)}  # classes of furniture
 
 
 def combinations(type_name):
@@ -113,13 +113,14 @@ def layout_class(receptacles):
 def household_tasks(split):
     """The tasks of a split with their rooms, without `combination`."""
     tasks, seed = [], FIRST_SEEDS[split]
+    taken = [task["receptacles"] for task in household_tasks("test")] if split == "final" else []
     for type_name, sentences in envs.household()["sentences"].items():
         pool = combinations(type_name)
         random.Random(0).shuffle(pool)
         cut = len(pool) // 5
         unseen, seen = pool[:cut], pool[cut : cut + COUNTS["train"]]
         for number in range(COUNTS[split]):
-            if split == "test" and number % 2 == 1:
+            if split in ("test", "final") and number % 2 == 1:
                 room, thing, target = unseen[number // 2 % len(unseen)]
             else:
                 room, thing, target = seen[number % len(seen)]
@@ -128,7 +129,7 @@ def household_tasks(split):
                 task["seed"] = seed
                 receptacles, objects = furnish(task)
                 seed += 1
-                if layout_class(receptacles) in LAYOUTS[split]:
+                if layout_class(receptacles) in LAYOUTS[split] and receptacles not in taken:
                     break
             task["sentence"] = sentences[task["seed"] % len(sentences)].format(**task)
             tasks.append(task | {"receptacles": receptacles, "objects": objects})
