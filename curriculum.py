@@ -22,6 +22,13 @@ CURRICULA = {  # the stages as they are written for an environment of your own
     envs.AutoExplore: [("depth <= 1", 0.5, {}, 1), ("all", 0.5)],
     envs.ALFWorld: [("milestones", 0.5, {"milestone": 0.2}), ("all", 0.5)],
 }
+AUTHORS = {  # those of the authors' code, for `--algo paper`: thirds, and a pickup pays as much as the trip
+    envs.DangerousTaxi: [
+        ("pickup", 1 / 3, {"mode": "pickup"}),
+        ("dropoff", 1 / 3, {"mode": "dropoff"}),
+        ("full", 1 / 3, {"mode": "full", "milestone": 1.05}),
+    ],
+}
 
 
 @dataclasses.dataclass
@@ -37,20 +44,21 @@ class Stage:
         return shallow or tasks
 
 
-def stages_of(env, on=True, given=()):
+def stages_of(env, on=True, milestone=True, given=(), authors=False):
     """The stages of an environment; one, the task itself, where it has no curriculum or `on` is false.
 
     Each also has the environment's own training options (augmentation). The command line wins: no stage changes what
-    is `given` to the environment's constructor, such as `mode`.
+    is `given` to the environment's constructor, such as `mode`. Without `milestone` no stage pays for a sub-goal.
+    `authors`: the stages of their code, where they are others.
     """
     table = env.curriculum if on else [("all", 1.0)]
-    for cls, built_in in CURRICULA.items():
+    for cls, built_in in (CURRICULA | AUTHORS if authors else CURRICULA).items():
         if isinstance(env, cls):
             table = table or built_in
     stages = [Stage(*row) for row in table or [("all", 1.0)]]
     for stage in stages:
         stage.options = env.training | stage.options
-        for name in given:
+        for name in [*given, *([] if milestone else ["milestone"])]:
             stage.options.pop(name, None)
     return stages
 

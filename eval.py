@@ -26,7 +26,7 @@ import numpy as np
 import envs
 from envs import UserError
 from reflect_rl import (
-    COMMON, Episode, Step, adapters_of, add_options, as_trained, env_factory, load_players,
+    COMMON, Episode, Step, adapters_of, add_options, as_trained, budget_of, env_factory, load_players,
     parse_args, play, read_config, read_log, runs_of, write,
 )
 
@@ -34,6 +34,8 @@ OPTIONS = {
     "split": ("test", "split of the panel"),
     "repeats": (3, "sampled episodes per start", 1),
     "run": ("", "evaluate this run only"),
+    "untuned": (False, "also play the base LM without adapters"),
+    "json": ("", "write the rows to this file as well, a line of JSON each"),
     "plot": ("", "draw the learning curves to this file instead"),
 }
 PANEL = 120  # tasks of a split that are played, where it has more
@@ -160,7 +162,7 @@ def row(name, make_actor, args, folder=None, adapters=()):
                 lines = [panel, *map(dataclasses.asdict, episodes)]
                 write(path, "".join(json.dumps(line) + "\n" for line in lines))
         played[kind].append(episodes)  # a list a seed, see `pooled`
-    return {"name": name, "split": args.split, "env": make_env(), **played}
+    return {"name": name, "split": args.split, "env": make_env(), "budget": [budget_of(adapters)], **played}
 
 
 def panel_of(args, adapters):
@@ -224,6 +226,7 @@ def pooled(rows):
             for other in seeds[1:]:
                 whole["sampled"] = whole["sampled"] + other["sampled"]
                 whole["greedy"] = whole["greedy"] + other["greedy"]
+                whole["budget"] = whole["budget"] + other["budget"]
             found.append(whole)
     return found
 
@@ -242,15 +245,24 @@ def rate(runs, env):
     return [f"{success:.1%}", f"[{low:.1%}, {high:.1%}]", str(len(episodes))]
 
 
+def budget_cells(budgets):
+    """What a row was made of: records, updates (SFT of both players and RL), episodes of RL; means over seeds."""
+    if not all(budgets):
+        return ["-", "-", "-"]
+    return [f"{statistics.fmean(budget[key] for budget in budgets):.0f}" for key in ("records", "updates", "episodes")]
+
+
 def print_table(rows):
     """Markdown that can be read as it is: all episodes, those by group, and differences on the same panel."""
     rows, env = [*rows, *pooled(rows)], rows[0]["env"]
-    all_of_them = [["", "sampled", "interval", "n", "return", "length", "failed", "greedy", "interval", "n"]]
+    all_of_them = [["", "records", "updates", "episodes", "sampled", "interval", "n", "return", "length", "failed",
+                    "greedy", "interval", "n"]]
     by_group, differences = [["", "group", "success", "interval", "n"]], [["", "minus", "success", "interval"]]
     for r in rows:
         figures = summary(sum(r["sampled"], []))
         middle = [f"{figures['return']:.2f}", f"{figures['length']:.1f}", f"{figures['failed']:.1%}"]
-        all_of_them.append([r["name"], *rate(r["sampled"], env), *middle, *rate(r["greedy"], env)])
+        sampled, greedy = rate(r["sampled"], env), rate(r["greedy"], env)
+        all_of_them.append([r["name"], *budget_cells(r["budget"]), *sampled, *middle, *greedy])
         groups = {}  # name -> the episodes of each seed
         for seed, episodes in enumerate(r["sampled"]):
             for episode in episodes:
@@ -261,7 +273,7 @@ def print_table(rows):
     seeds = len(rows[-1]["sampled"])  # of the pooled rows, where there are any: these are compared
     for i, r in enumerate(rows):
         for other in rows[:i]:
-            if other["name"] not in ("random", "expert") and len(r["sampled"]) == len(other["sampled"]) == seeds:
+            if other["name"] not in ("random", "expert", "untuned base") and len(r["sampled"]) == len(other["sampled"]) == seeds:
                 gap, (low, high) = difference(r["sampled"], other["sampled"], env)
                 differences.append([r["name"], other["name"], f"{gap:+.1%}", f"[{low:+.1%}, {high:+.1%}]"])
     clusters = by_cluster(rows[0]["sampled"], env)[0].shape[1]
@@ -277,6 +289,48 @@ def print_table(rows):
         for name, *cells in [head, ["-" * width for width in widths], *body]:
             padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
             print("| " + " | ".join([f"{name:{widths[0]}}", *padded]) + " |")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows in a file: what the tables and curves of docs/ are drawn from, without playing
+
+
+def write_rows(rows, path):
+    """One row a line, small: of each episode its task (index in the split), success, return, length and end."""
+    lines = []
+    for r in rows:
+        places = {json.dumps(task): i for i, task in enumerate(r["env"].tasks(r["split"]))}
+        line = {key: r[key] for key in r if key not in ("env", "sampled", "greedy")}
+        for kind in ("sampled", "greedy"):
+            line[kind] = []
+            for episodes in r[kind]:
+                line[kind].append({
+                    "task": [places[json.dumps(episode.task)] for episode in episodes],
+                    "success": [int(episode.success) for episode in episodes],
+                    "terminated": [int(episode.terminated) for episode in episodes],
+                    "return": [round(episode.total, 3) for episode in episodes],
+                    "length": [len(episode.steps) for episode in episodes],
+                })
+        lines.append(json.dumps(line) + "\n")
+    write(path, "".join(lines))
+
+
+def read_rows(path, env):
+    """The rows of such a file; their episodes have no states."""
+    rows = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        r = json.loads(text) | {"env": env}
+        tasks = env.tasks(r["split"])
+        for kind in ("sampled", "greedy"):
+            runs = []
+            for columns in r[kind]:
+                runs.append([])
+                for task, success, terminated, total, length in zip(*columns.values(), strict=True):
+                    steps = [Step("", (), reward=total / length)] * length
+                    runs[-1].append(Episode(tasks[task], None, None, "", (), steps, bool(success), bool(terminated)))
+            r[kind] = runs
+        rows.append(r)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -326,6 +380,8 @@ def main():
     if args.plot:
         return plot(args)
     rows = [] if args.run else baseline_rows(args)
+    if args.untuned:
+        rows.append(row("untuned base", lambda: load_players(args, {}), args))
     for folder in [args.run] if args.run else runs_of(args):
         try:
             # One table, one panel: a run on other tasks or with another horizon is not compared unasked.
@@ -338,6 +394,8 @@ def main():
             print(f"note: {error}")  # a run that cannot play, perhaps not yet, must not hide the others
     if not rows:
         raise UserError(f"{args.run} holds no policy yet: it was stopped before it was saved")
+    if args.json:
+        write_rows(rows, args.json)
     print_table(rows)
 
 

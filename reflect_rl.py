@@ -1017,7 +1017,7 @@ def gather(value):
 
 # Options that may differ on resume: they say where, how fast or how often, or are told by another one.
 MAY_DIFFER = ("runs", "resume", "name", "device", "dtype", "gradient_checkpointing", "micro_batch", "repos",
-              "no_negatives", "repeats", "stage")
+              "no_negatives", "repeats", "split", "stage")
 MOST_WEIGHT = 1e6  # a larger trained weight is not saved
 
 
@@ -1131,6 +1131,25 @@ class Run:
             kept = [figures for figures in read_log(self.folder) if figures["step"] <= step]
             write(self.folder / "log.jsonl", "".join(json.dumps(figures) + "\n" for figures in kept))
         return step, more
+
+
+def write_budget(folder, records, updates, episodes=0):
+    """What an adapter was made of, to be shown beside its success: only equal budgets can be compared."""
+    write(folder / "budget.json", json.dumps({"records": records, "updates": updates, "episodes": episodes}) + "\n")
+
+
+def budget_of(adapters):
+    """Records, updates of all adapters together and episodes of RL; an empty dict where that is not known."""
+    try:
+        budgets = [json.loads((Path(folder) / "budget.json").read_text(encoding="utf-8")) for folder in adapters]
+    except (OSError, ValueError):
+        return {}
+    total = {"records": 0, "updates": 0, "episodes": 0}
+    for budget in budgets:
+        total["records"] = max(total["records"], budget["records"])  # both players learn from the same ones
+        total["updates"] += budget["updates"]
+        total["episodes"] += budget["episodes"]
+    return total
 
 
 def runs_of(args):

@@ -10,6 +10,7 @@
     rloo         return minus the mean of the task's other episodes         A log pi         1
     grpo         return, standardised among the task's episodes             clipped ratio    2
     ppo          GAE, with a critic on the policy's own features            clipped ratio    up to 6
+    paper        return-to-go, undiscounted; as many old successes replayed A log pi         1
 
 The horizon is no end of the task: with a critic a truncated episode goes on with the critic's value, without one it
 counts as ended, which a generous horizon makes harmless. Deviation: the paper plays 1-2 episodes an update, we play 32,
@@ -41,9 +42,9 @@ import eval as evaluation
 import sft
 from envs import UserError
 from reflect_rl import (
-    COMMON, Episode, Run, Step, adapter_parameters, add_options, check_settings, env_factory, gather,
-    joined_processes, load_adapter, load_players, parse_args, play, rank, save_adapter,
-    say_memory, short_name, show, sum_gradients, world,
+    COMMON, Episode, Run, Step, adapter_parameters, add_adapter, add_options, budget_of, check_settings, env_factory,
+    gather, joined_processes, load_adapter, load_players, parse_args, play, rank, save_adapter,
+    say_memory, short_name, show, sum_gradients, world, write_budget,
 )
 
 ALGORITHMS = {  # group: episodes of one task in a batch; epochs x minibatches: gradient steps on it
@@ -51,6 +52,7 @@ ALGORITHMS = {  # group: episodes of one task in a batch; epochs x minibatches: 
     "rloo": {"group": 4, "epochs": 1, "minibatches": 1},
     "grpo": {"group": 4, "epochs": 2, "minibatches": 1},
     "ppo": {"group": 1, "epochs": 3, "minibatches": 2},
+    "paper": {"group": 1, "epochs": 1, "minibatches": 1},
 }
 OPTIONS = {
     "algo": ("reinforce", "see the table at the top of rl.py", tuple(ALGORITHMS)),
@@ -61,7 +63,9 @@ OPTIONS = {
     "kl": (0.0, "weight of the exact KL divergence from the SFT policy", 0.0),
     "replay": (0, "earlier successes learned from again in each batch, weighted; reinforce and ppo", 0),
     "reflection": (True, "ablation: no reflector"),
+    "sft": (True, "ablation: RL from the untuned policy; the reflector is trained"),
     "curriculum": (True, "ablation: the task itself from the first update"),
+    "milestone": (True, "ablation: no reward for a sub-goal in the curriculum's stages"),
     "eval_every": (10, "updates between evaluations on the valid split, 0 = after the last one only", 0),
     "name": ("", "name of the run, made of environment, algorithm, ablations and seed if none is given"),
     "resume": (False, "go on from the run's checkpoint"),
@@ -144,6 +148,8 @@ def give_advantages(episodes, args, players, critic):
         advantages, figures = critic_advantages(episodes, rewards, players, critic)
     elif args.algo == "reinforce":
         advantages = time_baseline([returns_to_go(row, GAMMA) for row in rewards])
+    elif args.algo == "paper":
+        advantages = [returns_to_go(row, 1.0) for row in rewards]
     else:
         returns, advantages = [returns_to_go(row, GAMMA)[0] for row in rewards], []
         for start in range(0, len(returns), args.group):  # the episodes of a task stand side by side
@@ -154,7 +160,7 @@ def give_advantages(episodes, args, players, critic):
     flat = torch.tensor(sum(advantages, []))
     if args.algo == "ppo":
         flat = flat - flat.mean()
-    if args.algo != "grpo":  # GRPO's are standardised already
+    if args.algo not in ("grpo", "paper"):  # GRPO's are standardised already, the paper's never
         flat = flat / (flat.std(correction=0) + 1e-6)
     for step, advantage in zip(steps_of(episodes), flat.tolist(), strict=True):
         step.advantage = advantage * step.weight
@@ -320,7 +326,8 @@ def replayed(buffer, players, args, number):
         before = [step.log_prob for step in steps]
         players.score(steps)
         for step, log_prob in zip(steps, before, strict=True):
-            step.weight = min(1.0, math.exp(step.log_prob - log_prob))
+            if args.algo != "paper":  # the authors' code has no weight
+                step.weight = min(1.0, math.exp(step.log_prob - log_prob))
         episodes.append(Episode(**{**fields, "steps": steps}))
     return episodes
 
@@ -335,12 +342,16 @@ def train(args, sft_adapters):
     if world() > 1:
         dist.barrier()  # the first process has made or refused the run
     make_env, players = env_factory(args), load_players(args, sft_adapters)
+    if not args.sft:
+        torch.manual_seed(args.seed)
+        add_adapter(players.model, "policy", args.rank, args.alpha, args.targets.split(",") if args.targets else None)
     critic, parameters, optimizer = make_learner(args, players, sft_adapters)
     done, saved = run.restore(parameters, optimizer)
     players.reflections.update(saved.get("reflections", {}))
     buffer = collections.deque(saved.get("buffer", []), maxlen=REPLAY_BUFFER)  # successes, as dicts
 
-    stages = curriculum.stages_of(make_env(), args.curriculum, given=dict(args.env_option))
+    given, authors = dict(args.env_option), args.algo == "paper"
+    stages = curriculum.stages_of(make_env(), args.curriculum, args.milestone, given, authors)
     plan = curriculum.schedule(stages, args.updates)
     tasks = make_env().tasks("train")
     bar = tqdm(total=args.updates, initial=done, desc="rl", unit="update", disable=True if rank() else None)
@@ -371,8 +382,14 @@ def train(args, sft_adapters):
         if rank() == 0:
             run.save(number + 1, parameters, optimizer, reflections=players.reflections, buffer=list(buffer))
     if rank() == 0:
-        for name in sft_adapters:
+        for name in {**sft_adapters, "policy": None}:
             save_adapter(players.model, name, run.folder / name)
+            budget = budget_of([sft_adapters[name]] if name in sft_adapters else [])
+            if budget and name == "policy":
+                budget["updates"] += args.updates * args.epochs * args.minibatches  # at most
+                budget["episodes"] = args.updates * args.episodes
+            if budget:
+                write_budget(run.folder / name, **budget)
     return run.folder
 
 
@@ -466,10 +483,10 @@ def run_name(args):
     parts = [short_name(args.env), "rl"]
     if args.algo != "reinforce":
         parts.append(args.algo)
-    for name in ("reflection", "negatives", "curriculum"):
+    for name in ("reflection", "negatives", "sft", "curriculum", "milestone"):
         if not getattr(args, name):
             parts.append(f"no-{name}")
-    if args.replay:
+    if args.replay and args.algo != "paper":
         parts.append("replay")
     return "-".join([*parts, f"s{args.seed}"])
 
@@ -477,14 +494,38 @@ def run_name(args):
 def resolve(args):
     """Fill in what the algorithm decides, and refuse what makes no sense."""
     vars(args).update(ALGORITHMS[args.algo])
+    if args.algo == "paper":
+        args.replay = args.replay or args.episodes
     # A wrong --name, a run that exists or one with other settings is refused now, and not after SFT.
     check_settings(Path(args.runs) / run_name(args), args, args.resume)
     if args.episodes % args.group:
         raise UserError(f"--episodes {args.episodes} cannot be divided into {args.algo}'s groups of {args.group}")
     if args.algo == "reinforce" and args.episodes < 2:
         raise UserError("reinforce compares episodes: --episodes must be at least 2")
+    if args.kl and not args.sft:
+        raise UserError("--kl is the distance from the policy of SFT: there is none with --no-sft")
     if args.replay and args.group > 1:
         raise UserError(f"{args.algo} compares episodes of one task; --replay goes with reinforce and ppo")
+
+
+def pipeline(args, splits):
+    """SFT where it is not done yet, RL, evaluation: for each split the rows of both, the RL run's last.
+
+    An empty list on other processes than the first.
+    """
+    resolve(args)
+    stages = ["reflect"] * args.reflection
+    if args.sft:
+        stages.append("policy" if args.reflection else "plain")
+    if stages and os.environ.get("RANK", "0") == "0":  # under torchrun the others wait in joined_processes
+        sft.run(args, stages)
+    with joined_processes(args):  # after SFT, which is the first process's work alone
+        folder, tables = train(args, sft.adapters(args)), []
+        for split in splits if rank() == 0 else []:
+            args.split = split
+            rows = evaluation.run_rows(sft.folder_of(args), args) if stages else []
+            tables.append(rows + evaluation.run_rows(folder, args))
+    return tables
 
 
 def main():
@@ -492,17 +533,10 @@ def main():
     panel = {"repeats": evaluation.OPTIONS["repeats"]}
     add_options(parser, COMMON, sft.DATA_OPTIONS, sft.OPTIONS, OPTIONS, panel)
     args = parse_args(parser)
-    resolve(args)
-    stages = ["reflect", "policy"] if args.reflection else ["plain"]
-    if os.environ.get("RANK", "0") == "0":  # under torchrun the others wait in joined_processes
-        sft.run(args, stages)
-    with joined_processes(args):  # after SFT, which is the first process's work alone
-        folder = train(args, sft.adapters(args))
-        if rank() == 0:
-            args.split = "test"
-            rows = evaluation.baseline_rows(args)
-            rows += evaluation.run_rows(sft.folder_of(args), args)
-            evaluation.print_table([*rows, *evaluation.run_rows(folder, args)])
+    splits = env_factory(args)().panels
+    for split, rows in zip(splits, pipeline(args, splits), strict=False):
+        args.split = split
+        evaluation.print_table(evaluation.baseline_rows(args) + rows)
 
 
 if __name__ == "__main__":

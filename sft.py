@@ -28,9 +28,9 @@ import envs
 import negatives
 from envs import UserError
 from reflect_rl import (
-    COMMON, Run, adapter_parameters, adapters_of, add_adapter, add_options, encode_all, env_factory,
+    COMMON, Run, adapter_parameters, add_adapter, add_options, encode_all, env_factory,
     forward, load_players, parse_args, reflector_prompt, right_pad, save_adapter, say_memory,
-    settings_of, short_name, use_adapter,
+    settings_of, short_name, use_adapter, write_budget,
 )
 
 DATA_OPTIONS = negatives.OPTIONS | {
@@ -185,7 +185,8 @@ def fit(run, players, stage, pairs, records, steps, args):
     """Minimise the loss of `pairs` for `steps` updates, or go on from the run's checkpoint.
 
     Some held-out `records` are looked at now and then. `steps="auto"` stops when their loss has not fallen for a while,
-    and goes back to its minimum: so that arms that learn at different speed can be compared.
+    and goes back to its minimum: so that arms that learn at different speed can be compared. Returns the number of
+    updates that made the weights.
     """
     parameters = adapter_parameters(players.model, stage)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
@@ -223,11 +224,13 @@ def fit(run, players, stage, pairs, records, steps, args):
             best = {"loss": figures["valid_loss"], "step": step + 1, "weights": weights}
         run.log(figures)
         run.save(step + 1, parameters, optimizer, best=best)
-    if auto:
-        print(f"{stage}: held-out loss {best['loss']:.3f} nats after {best['step']} updates, its minimum")
-        with torch.no_grad():
-            for parameter, weights in zip(parameters, best["weights"], strict=True):
-                parameter.copy_(weights)
+    if not auto:
+        return steps
+    print(f"{stage}: held-out loss {best['loss']:.3f} nats after {best['step']} updates, its minimum")
+    with torch.no_grad():
+        for parameter, weights in zip(parameters, best["weights"], strict=True):
+            parameter.copy_(weights)
+    return best["step"]
 
 
 @torch.no_grad()
@@ -270,8 +273,12 @@ def folder_of(args):
 
 def adapters(args):
     """`{name: folder}` of the adapters that an RL run of these settings starts from."""
-    folder = folder_of(args)
-    return adapters_of(folder) if args.reflection else {"policy": folder / "plain"}
+    folder, found = folder_of(args), {}
+    if args.reflection:
+        found["reflect"] = folder / "reflect"
+    if args.sft:
+        found["policy"] = folder / ("policy" if args.reflection else "plain")
+    return found
 
 
 def run(args, stages):
@@ -301,7 +308,8 @@ def run(args, stages):
     for stage in todo:
         stage_run = Run(folder / stage, sft_args(args), resume=True)
         steps = args.reflect_steps if stage == "reflect" else args.policy_steps
-        fit(stage_run, players, stage, pairs[stage], sample, steps, args)
+        updates = fit(stage_run, players, stage, pairs[stage], sample, steps, args)
+        write_budget(folder / stage, len(pairs[stage]), updates)
         save_adapter(players.model, stage, folder / stage)
         stage_run.lock.release()
     whole.lock.release()

@@ -1,0 +1,185 @@
+"""The experiments behind the tables: each claim of the paper as rows that had the same data, episodes and updates.
+
+A study is a list of rows; each is trained and evaluated for every seed by the same functions as `python rl.py`, both
+stages of SFT to the minimum of their held-out loss (`auto`). Runs that are finished are not made again, so a study goes
+on where it was stopped, and two processes may do different seeds side by side (`--seeds 0,2` and `--seeds 1,3`). The
+rows are written to STUDY-ENV-SPLIT.jsonl beside this file, from which the tables and pictures in docs/ are drawn.
+
+    python results/study.py reflection --env taxi --seeds 0,1,2,3,4
+    python results/study.py reflection --env taxi --draw             # the table from the file, nothing is played
+    python results/study.py reflection --env taxi --draw --picture curves.png      # and the curves
+"""
+
+import argparse
+import pathlib
+import shutil
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+import curriculum  # noqa: E402
+import envs  # noqa: E402
+import eval as evaluation  # noqa: E402
+import rl  # noqa: E402
+import sft  # noqa: E402
+from envs import UserError  # noqa: E402
+from reflect_rl import COMMON, add_options, budget_of, env_factory, load_players, parse_args, read_log  # noqa: E402
+
+STUDIES = {  # row -> options of rl.py; rows of SFT alone are evaluated on the way
+    "reflection": {
+        "without reflection, SFT + RL": {"reflection": False},
+        "with reflection, SFT + RL": {},
+        "without reflection, RL only": {"reflection": False, "sft": False},
+        "with reflection, RL only": {"sft": False},
+    },
+    "curriculum": {
+        "no curriculum": {"curriculum": False},
+        "stages": {"milestone": False},
+        "stages and milestone": {},
+    },
+    "algorithms": {
+        "REINFORCE": {},
+        "RLOO": {"algo": "rloo"},
+        "GRPO": {"algo": "grpo"},
+        "PPO": {"algo": "ppo"},
+        "as the authors' code": {"algo": "paper"},
+    },
+}
+# Trajectories that leave SFT short of its ceiling: with thousands there is nothing left for RL to add.
+FEW = {"taxi": 20, "alfworld": 100, "autoexplore": 400}
+WEAK = {"taxi": 5, "alfworld": 25, "autoexplore": 100}  # for the curriculum, which is to help a weak start
+
+
+def arm(args, **changes):
+    """Options of one row."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def titled(row, title, seed):
+    """A row under its title; the seed is what `evaluation.pooled` joins."""
+    return row | {"name": f"{title}-s{seed}"}
+
+
+def rows_of(args, rows):
+    """The rows of one seed: those of SFT, those of the study, and SFT with the updates of everything."""
+    found, largest, learned = [], 0, {}
+    for title, changes in rows.items():
+        own = arm(args, **changes)
+        own.resume = (pathlib.Path(own.runs) / rl.run_name(own) / "config.json").exists()
+        [[*before, after]] = rl.pipeline(own, [args.split])
+        folder = pathlib.Path(own.runs) / rl.run_name(own)
+        curve = [[line["episodes"], line["valid_success"]] for line in read_log(folder) if "valid_success" in line]
+        found.append(titled(after, title, args.seed) | {"curve": curve})
+        largest = max(largest, after["budget"][0].get("updates", 0))
+        if own.sft:
+            learned[own.reflection] = own
+            wanted = "with reflection" if own.reflection else "without reflection"
+            [row] = [row for row in before if row["name"].endswith(wanted)]
+            if f"{wanted}, SFT-s{args.seed}" not in [row["name"] for row in found]:
+                found.append(titled(row, f"{wanted}, SFT", args.seed))
+    for reflection, own in learned.items():
+        if len(learned) > 1:
+            found.append(longer(own, reflection, largest))
+    return found
+
+
+def longer(own, reflection, updates):
+    """SFT alone with as many updates as the largest budget of the study, the reflector's included."""
+    folder = sft.folder_of(own)
+    stage, more = ("policy" if reflection else "plain"), arm(own)
+    more.policy_steps = updates - budget_of([folder / "reflect"])["updates"] * reflection
+    target = sft.folder_of(more)
+    for name in ["reflect", "data"] if reflection else ["data"]:  # the reflector stays the same one
+        if not (target / name).exists():
+            shutil.copytree(folder / name, target / name)
+    sft.run(more, [stage])
+    wanted = "with reflection" if reflection else "without reflection"
+    [row] = [row for row in evaluation.run_rows(target, more) if row["name"].endswith(wanted)]
+    return titled(row, f"{wanted}, SFT longer", own.seed)
+
+
+def options_of(parser):
+    """`(rl.py's options, the study's own, file of the rows)` from the command line."""
+    own = {
+        "seeds": ("0,1,2", "seeds, with commas"),
+        "few": (0, "trajectories of the teacher; 0 = what leaves SFT short of its ceiling", 0),
+        "split": ("test", "split of the panel"),
+        "draw": (False, "draw the table from the file; train and play nothing"),
+        "picture": ("", "draw the learning curves to this file as well"),
+    }
+    fixed = {"name": "", "resume": False, "seed": 0, "data": "", "trajectories": 0}
+    fixed |= {"reflect_steps": "auto", "policy_steps": "auto"}
+    panel = {"repeats": evaluation.OPTIONS["repeats"]}
+    options = COMMON | sft.DATA_OPTIONS | sft.OPTIONS | rl.OPTIONS | panel | own
+    add_options(parser, {name: row for name, row in options.items() if name not in fixed})
+    args = arm(parse_args(parser), **fixed)
+    if args.env not in envs.ENVS:
+        raise UserError("a study plays taxi, autoexplore or alfworld")
+    args.trajectories = args.few or (WEAK if args.study == "curriculum" else FEW)[args.env]
+    path = HERE / f"{args.study}-{args.env}-{args.trajectories}-{args.split}.jsonl"
+    more = argparse.Namespace(seeds=list(map(int, args.seeds.split(","))))
+    for name in ("study", "draw", "picture"):  # what is no setting of a run
+        setattr(more, name, getattr(args, name))
+        delattr(args, name)
+    del args.seeds, args.few
+    return args, more, path
+
+
+def draw(path, env):
+    """The table of a file of rows; where there are several seeds, of their means."""
+    rows = evaluation.read_rows(path, env)
+    unlearned = [row for row in rows if row["name"] in ("random", "expert", "untuned base")]
+    learned = sorted((row for row in rows if row not in unlearned), key=lambda row: row["name"])
+    evaluation.print_table(unlearned + (evaluation.pooled(learned) or learned))
+
+
+def picture(path, env, out):
+    """Success on the validation panel over training episodes: means over seeds, a band from the least to the most."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
+    curves = {}  # title -> {episodes: success of each seed}
+    for row in evaluation.read_rows(path, env):
+        for episodes, success in row.get("curve", []):
+            points = curves.setdefault(row["name"].rpartition("-s")[0], {})
+            points.setdefault(episodes, []).append(success)
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.subplots()
+    for title, points in curves.items():
+        means = [sum(points[at]) / len(points[at]) for at in points]
+        [line] = axes.plot(points.keys(), means)
+        lows, highs = [min(points[at]) for at in points], [max(points[at]) for at in points]
+        axes.fill_between(points.keys(), lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
+        end = (max(points), means[-1])
+        axes.annotate(title, end, (6, 0), textcoords="offset points", color=line.get_color(), va="center", fontsize=8)
+    last = max(map(max, curves.values()))
+    done, stages = 0.0, curriculum.stages_of(env)
+    for stage in stages:
+        axes.axvline(done * last, color="gray", linewidth=0.6, linestyle=":")
+        axes.annotate(stage.name, (done * last, 1.02), fontsize=7, color="gray", annotation_clip=False)
+        done += stage.share / sum(stage.share for stage in stages)
+    axes.set(xlabel="training episodes", ylabel="success on the validation panel", ylim=(0, 1), xlim=(0, last))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=130, bbox_inches="tight")
+    print(f"wrote {out}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The experiments behind the tables.")
+    parser.add_argument("study", choices=STUDIES)
+    args, own, path = options_of(parser)
+    if not own.draw:
+        rows = evaluation.baseline_rows(args)
+        rows.append(evaluation.row("untuned base", lambda: load_players(args, {}), args))
+        for seed in own.seeds:
+            rows += rows_of(arm(args, seed=seed), STUDIES[own.study])
+        evaluation.write_rows(rows, path)
+    draw(path, env_factory(args)())
+    if own.picture:
+        picture(path, env_factory(args)(), own.picture)
+
+
+if __name__ == "__main__":
+    envs.run_main(main)
