@@ -192,16 +192,16 @@ class DangerousTaxi(BuiltIn):
     Horizon 30: the longest shortest trip is 18 moves, so an agent can still recover from half a dozen detours.
 
     Held out are starts, as in the paper: a test trip begins where none of training does, and passes through states of
-    training. With `holdout="pairs"` they are pairs of passenger and destination, whose maps training never shows before
-    the pickup: a harder question, whether map reading is more than the recall of eight maps.
+    training. With `holdout="pairs"` they are pairs of passenger and destination, whose maps the teacher's data never
+    shows before the pickup: a harder question, whether map reading is more than the recall of eight maps.
     """
 
     actions = ("move south", "move north", "move east", "move west", "pick up the passenger", "drop off the passenger")
     modes = ("full", "pickup", "dropoff")
 
     def __init__(self, mode="full", milestone=0.0, horizon=30, holdout="starts"):
-        if holdout not in ("starts", "pairs"):
-            raise UserError(f"unknown holdout {holdout!r} of DangerousTaxi: starts or pairs")
+        if holdout not in ("starts", "pairs") or (holdout == "pairs" and mode == "dropoff"):
+            raise UserError(f"holdout {holdout!r} of DangerousTaxi: starts, or pairs where a passenger waits")
         # All starts that share taxi cell and destination are in one split: in `dropoff` mode they are the same start.
         groups, tasks = list(itertools.product(range(5), range(5), range(4))), {}  # row, column, destination
         random.Random(0).shuffle(groups)  # always the same order
@@ -719,6 +719,10 @@ class ALFWorld(BuiltIn):
         """The type, and whether training had this combination of object and target (known for built-in rooms)."""
         known = [f"{task['combination']} combination"] if "combination" in task else []
         return (task["type"].replace("_", " "), *known)
+
+    def cluster(self, task):
+        """The furniture: some tasks of a split are set in rooms that have the same."""
+        return " ".join(task.get("receptacles", ())) or super().cluster(task)
 
     def begin(self, task, options):
         if not isinstance(task, dict):

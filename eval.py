@@ -273,7 +273,8 @@ def print_table(rows):
     seeds = len(rows[-1]["sampled"])  # of the pooled rows, where there are any: these are compared
     for i, r in enumerate(rows):
         for other in rows[:i]:
-            if other["name"] not in ("random", "expert", "untuned base") and len(r["sampled"]) == len(other["sampled"]) == seeds:
+            learned = other["name"] not in ("random", "expert", "untuned base")
+            if learned and len(r["sampled"]) == len(other["sampled"]) == seeds:
                 gap, (low, high) = difference(r["sampled"], other["sampled"], env)
                 differences.append([r["name"], other["name"], f"{gap:+.1%}", f"[{low:+.1%}, {high:+.1%}]"])
     clusters = by_cluster(rows[0]["sampled"], env)[0].shape[1]
@@ -379,9 +380,12 @@ def main():
     args = parse_args(parser)
     if args.plot:
         return plot(args)
+    if args.json and not Path(args.json).resolve().parent.is_dir():  # now, and not when everything was played
+        raise UserError(f"--json {args.json}: there is no such folder")
     rows = [] if args.run else baseline_rows(args)
     if args.untuned:
-        rows.append(row("untuned base", lambda: load_players(args, {}), args))
+        as_run = as_trained(args, args.run) if args.run else args
+        rows.append(row("untuned base", lambda: load_players(as_run, {}), as_run))
     for folder in [args.run] if args.run else runs_of(args):
         try:
             # One table, one panel: a run on other tasks or with another horizon is not compared unasked.

@@ -1140,15 +1140,15 @@ def write_budget(folder, records, updates, episodes=0):
 
 def budget_of(adapters):
     """Records, updates of all adapters together and episodes of RL; an empty dict where that is not known."""
-    try:
-        budgets = [json.loads((Path(folder) / "budget.json").read_text(encoding="utf-8")) for folder in adapters]
-    except (OSError, ValueError):
-        return {}
     total = {"records": 0, "updates": 0, "episodes": 0}
-    for budget in budgets:
-        total["records"] = max(total["records"], budget["records"])  # both players learn from the same ones
-        total["updates"] += budget["updates"]
-        total["episodes"] += budget["episodes"]
+    try:
+        for folder in adapters:
+            budget = json.loads((Path(folder) / "budget.json").read_text(encoding="utf-8"))
+            total["records"] = max(total["records"], budget["records"])  # both players learn from the same ones
+            total["updates"] += budget["updates"]
+            total["episodes"] += budget["episodes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
     return total
 
 

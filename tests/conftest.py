@@ -308,7 +308,7 @@ def read_log(run):
 
 
 def table_of(out):
-    """The rows of the last results table in an output, in order: `{name: [sampled, interval, n, return, ...]}`."""
+    """The rows of an output's last results table, in order: `{name: [records, updates, episodes, sampled, ...]}`."""
     rows = {}
     for line in out.rpartition("Success on the")[2].splitlines():
         name, *cells = [cell.strip() for cell in line.strip("|").split("|")]

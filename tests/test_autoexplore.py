@@ -21,7 +21,7 @@ from negatives import stems_of, words_of
 
 prepare = envs.beside("autoexplore/prepare.py")
 show_name = prepare.show_name
-SPLITS = ("train", "valid", "test")
+SPLITS = ("train", "valid", "templates", "test", "final")
 GUARDS = json.loads((Path(__file__).parent / "guards.json").read_text(encoding="utf-8"))
 
 
@@ -174,14 +174,14 @@ def test_shuffle_changes_the_order_only_and_is_off_by_default():
 def test_states_and_reflections_are_short():
     """What a small model with a context of a few hundred tokens can read."""
     env, rng = AutoExplore(), random.Random(0)
-    for task in sample(env.tasks("train") + env.tasks("test"), 200):
+    for task in sample(env.tasks("train") + env.tasks("templates"), 200) + env.tasks("test") + env.tasks("final"):
         state, info = env.reset(options={"task": task})
-        mistake = over = False
+        longest, mistake, over = 170 if task["kind"] == "people's" else 130, False, False
         while not over:
             reflection = negatives.reflection_of(env, mistake)
             assert "Next: " in reflection and "\n" not in reflection
             assert env.actions[env.expert_action()] not in reflection  # the decision is the policy's
-            assert max(map(prepare.count_tokens, (reflection, state))) <= 130
+            assert prepare.count_tokens(reflection) <= 130 and prepare.count_tokens(state) <= longest
             mistake = bool(env.mistakes()) and rng.random() < 0.3
             action = rng.choice(env.mistakes()) if mistake else env.expert_action()
             state, _, terminated, truncated, info = env.step(action)
@@ -216,7 +216,9 @@ def test_mistakes_where_the_answer_is_are_near_misses():
 def test_shipped_data_is_that_of_before(guard):
     """Catches another panel, and another text that `cat` shows: no figure could be compared with earlier ones."""
     env, name = AutoExplore(), guard.split()[2]
-    if "tree" in guard:
+    if " trees " in guard:
+        assert digest({task["repo"]: env.repos[task["repo"]] for task in env.tasks(name)}) == GUARDS[guard]
+    elif " tree " in guard:
         assert digest(env.repos[name]) == GUARDS[guard]
     else:
         tasks = [task for task in env.tasks(name) if task["kind"] == "written" or not guard.endswith("written")]
@@ -252,14 +254,30 @@ def test_splits_are_disjoint_by_repository_and_training_has_many():
     once = [name for name in train if name.startswith("generated:") and int(name[10:]) >= 10 * prepare.INVENTED]
     assert (len(train), len(reworded), len(once)) == (2000, 800, 600)
     assert len(set(once)) == 600 and set(reworded) == written
-    for split in ("valid", "test"):
+    for split in ("valid", "templates"):
         assert {task["kind"] for task in env.tasks(split)} == {"written", "generated"}
-    assert env.groups(env.tasks("test")[0]) == ("depth 1", "written repository")
+    assert env.groups(env.tasks("templates")[0]) == ("depth 1", "written repository")
+
+
+def test_peoples_questions_can_be_answered_and_come_once():
+    """Catches a question that is asked twice, a long one, one whose answer is too far away; a repository that nobody
+    asks about, or in both splits."""
+    env, names = AutoExplore(), []
+    tasks = env.tasks("test") + env.tasks("final")
+    for split in ("test", "final"):
+        folders = {path.name for path in (prepare.HERE / "people" / split).iterdir() if path.is_dir()}
+        assert len(folders) == 12 and folders == {task["repo"] for task in env.tasks(split)}
+        names += map(str.lower, folders)
+    assert len(set(names)) == 24 and {task["kind"] for task in tasks} == {"people's"}
+    assert len({task["question"].lower() for task in tasks}) == len(tasks)
+    for task in tasks:
+        assert 1 < len(task["question"].split()) <= 20 and task["question"].endswith("?"), task
+        assert play(env, task, AutoExplore.expert_action)[2]["success"], task
 
 
 def test_a_question_has_one_answer_and_does_not_name_it():
     env = AutoExplore()
-    for task in sample(env.tasks("train"), 300) + sample(env.tasks("test"), 100):
+    for task in sample(env.tasks("train"), 300) + sample(env.tasks("templates"), 100):
         (target,) = task["targets"]
         name = target.split("/")[-1]
         assert name.lower() not in task["question"].lower()

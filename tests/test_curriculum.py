@@ -46,6 +46,28 @@ def test_taxi_goes_from_easy_to_full():
     assert stage.options == env.training == {} and stage.select([1, 2]) == [1, 2]
 
 
+@pytest.mark.parametrize("name", envs.ENVS)
+def test_without_milestones_the_stages_are_the_same(name):
+    """Catches an ablation that does nothing, or that takes more than the milestone."""
+    stages = curriculum.stages_of(envs.make(name))
+    paid = [stage.options.pop("milestone", None) for stage in stages]
+    assert curriculum.stages_of(envs.make(name), milestone=False) == stages
+    assert any(paid) == (name != "autoexplore")
+
+
+def test_the_authors_stages_are_thirds():
+    """Catches our own shares under their name, a pickup that pays less than the trip, and a game of which they have no
+    stages that has none at all."""
+    env = envs.make("taxi")
+    stages = curriculum.stages_of(env, authors=True)
+    names = [stage.name for stage in curriculum.schedule(stages, 9)]
+    assert names == sum(([name] * 3 for name in ("pickup", "dropoff", "full")), [])
+    env.reset(options={**stages[2].options, "task": envs.taxi_encode(0, 0, 0, 3)})
+    assert env.step(4)[1] == pytest.approx(1.0)
+    for name in ("autoexplore", "alfworld"):
+        assert curriculum.stages_of(envs.make(name), authors=True) == curriculum.stages_of(envs.make(name))
+
+
 def test_shallow_tasks_come_first():
     """Catches a depth that is ignored, a task without depth that breaks, a stage without tasks."""
     stages = curriculum.stages_of(envs.make("autoexplore"))

@@ -15,7 +15,7 @@ import pytest
 import envs
 
 MODES = ("full", "pickup", "dropoff")
-SPLITS = ("train", "valid", "test")
+SPLITS = ("train", "valid", "test", "final")
 GUARDS = json.loads((Path(__file__).parent / "guards.json").read_text(encoding="utf-8"))
 
 
@@ -61,8 +61,8 @@ class TestContract:
         for split, tasks in splits.items():
             assert tasks and len(set(tasks)) == len(tasks), f"{split} is empty or lists a task twice"
             assert tasks == [json.dumps(task) for task in envs.make(name).tasks(split)], split
-        assert not set(splits["train"]) & set(splits["valid"])
-        assert not set(splits["test"]) & set(splits["train"] + splits["valid"])
+        everything = sum(splits.values(), [])
+        assert len(set(everything)) == len(everything)
         with pytest.raises(envs.UserError, match="train"):
             envs.make(name).tasks("dev")
 
@@ -183,11 +183,21 @@ def test_last_action_is_told():
     assert "fatal" in env.step(5)[0].splitlines()[-1]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_starts_of_the_splits_are_disjoint(mode):
-    """Catches leaks by mode: in `dropoff` the passenger's place is gone, and different tasks become one start."""
-    starts = [{start(task, mode=mode)[1] for task in envs.make("taxi").tasks(split)} for split in SPLITS]
-    assert not starts[0] & starts[1] and not starts[0] & starts[2] and not starts[1] & starts[2]
+HOLDOUTS = [*[("starts", mode) for mode in MODES], ("pairs", "full"), ("pairs", "pickup")]
+
+
+@pytest.mark.parametrize("holdout, mode", HOLDOUTS)
+def test_starts_of_the_splits_are_disjoint(holdout, mode):
+    """Catches leaks by mode: in `dropoff` the passenger's place is gone, and different tasks become one start; a pair
+    of passenger and destination in two splits, a landmark that training never has at one end of a trip."""
+    env = envs.make("taxi", mode=mode, holdout=holdout)
+    starts = {split: {start(task, mode=mode)[1] for task in env.tasks(split)} for split in SPLITS}
+    assert sum(map(len, starts.values())) == len(set.union(*starts.values())) == (100 if mode == "dropoff" else 300)
+    assert len({env.cluster(task) for task in env.tasks("final")}) >= 40
+    if holdout == "pairs":
+        pairs = {split: {maps.parse(state)[1:] for state in starts[split]} for split in SPLITS}
+        assert sum(map(len, pairs.values())) == len(set.union(*pairs.values())) == 12
+        assert all(set(ends) == set(maps.PLACES.values()) for ends in zip(*pairs["train"], strict=True))
 
 
 def test_milestone_is_paid_once():
@@ -271,6 +281,7 @@ def test_the_contract_has_defaults_and_names_what_is_missing():
         ("os:system", {}, "system is not a subclass of envs.Env"),
         ("maps:", {}, "unknown environment"),
         ("taxi", {"size": 7}, "size"),
+        ("taxi", {"holdout": "maps"}, "unknown holdout 'maps'.*: starts or pairs"),
         ("taxi", {"horizon": "far"}, "must be a number, not 'far'"),
     ],
 )

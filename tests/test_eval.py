@@ -11,6 +11,7 @@ import pytest
 from conftest import resolved, run_script, sft_folder, table_of, tiny_options, tiny_rl_options
 from corridor import Corridor
 
+import envs
 import eval as evaluation
 import reflect_rl
 import rl
@@ -90,7 +91,8 @@ def test_baselines():
 
 
 def test_table_shows_the_figures(capsys):
-    """Catches columns in another order than their headings: success, interval, n, return, length, failed; greedy."""
+    """Catches columns in another order than their headings: budget, success, interval, n, return, length, failed;
+    greedy."""
     args = resolved("--env", "corridor:Corridor", "--repeats", 2, tables=(evaluation.OPTIONS,))
     rows = evaluation.baseline_rows(args)
     evaluation.print_table(rows)
@@ -100,8 +102,48 @@ def test_table_shows_the_figures(capsys):
     middle = [f"{figures['return']:.2f}", f"{figures['length']:.1f}", "0.0%"]
     low, high = evaluation.wilson(5, 5)  # of the clusters: repeats of a start say nothing new
     interval = f"[{low:.1%}, {high:.1%}]"
-    assert table_of(out)["expert"] == ["100.0%", interval, "10", *middle, "100.0%", interval, "5"]
+    assert table_of(out)["expert"] == ["0", "0", "0", "100.0%", interval, "10", *middle, "100.0%", interval, "5"]
     assert table_of(out)["random"][-3:] == ["-"] * 3, "a random actor has no greedy action"
+
+
+def test_budgets_add_up_and_are_dashes_where_unknown(tmp_path):
+    """Catches records counted once a player, updates of one player only, and a run of before that seems to be free."""
+    for name, numbers in {"reflect": (50, 7), "policy": (40, 5, 16)}.items():
+        (tmp_path / name).mkdir()
+        reflect_rl.write_budget(tmp_path / name, *numbers)
+    both = [reflect_rl.budget_of([tmp_path / "reflect", tmp_path / "policy"]), reflect_rl.budget_of([])]
+    assert both == [{"records": 50, "updates": 12, "episodes": 16}, {"records": 0, "updates": 0, "episodes": 0}]
+    assert evaluation.budget_cells(both) == ["25", "6", "8"], "the mean of the seeds"
+    for damage in (lambda path: path.write_text('{"records": 5'), lambda path: path.unlink()):
+        damage(tmp_path / "policy" / "budget.json")
+        assert reflect_rl.budget_of([tmp_path / "reflect", tmp_path / "policy"]) == {}
+    assert evaluation.budget_cells([both[0], {}]) == ["-"] * 3
+
+
+@pytest.mark.parametrize("name", ["corridor:Corridor", "alfworld"])
+def test_rows_of_a_file_are_those_that_were_played(name, tmp_path, capsys, monkeypatch):
+    """Catches a task that becomes another one, a seed, a verdict or a budget that is lost: rates, intervals, groups and
+    differences must be the same to the last digit."""
+    monkeypatch.setattr(evaluation, "PANEL", 40)
+    rows = []
+    for seed in (0, 1):
+        monkeypatch.setattr(evaluation, "PANEL_SEED", 1000 * seed)
+        args = resolved("--env", name, "--repeats", 2, tables=(evaluation.OPTIONS,))
+        for row, kind in zip(evaluation.baseline_rows(args), ("bad", "good"), strict=True):
+            budget = {"records": 7, "updates": seed, "episodes": 9} if kind == "good" else {}
+            rows.append(row | {"name": f"{kind}-s{seed}", "budget": [budget], "curve": [[8, 0.5]]})
+    rows += evaluation.pooled(rows)
+    evaluation.write_rows(rows, tmp_path / "rows.jsonl")
+    read = evaluation.read_rows(tmp_path / "rows.jsonl", envs.make(name))
+    tables = []
+    for some in (rows, read):
+        evaluation.print_table(some)
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and "good, 2 seeds" in tables[0] and "minus" in tables[0]
+    for row, other in zip(rows, read, strict=True):
+        assert row["curve"] == other["curve"] and row["split"] == other["split"]
+        for e, again in zip(row["sampled"][0], other["sampled"][0], strict=True):
+            assert (e.task, e.success, e.terminated) == (again.task, again.success, again.terminated)
 
 
 def test_groups_are_reported_apart(capsys):
@@ -200,7 +242,8 @@ def eval_options(runs, *more):
 
 def test_table_of_all_runs(runs, bases, capsys, monkeypatch):
     """Catches a run left out, the ablation played with reflections, and a run that is damaged, still in training, or
-    on other tasks, that hides the others; each of them is named. Also a run of another module with the same class."""
+    on other tasks, that hides the others; each of them is named. Also a run of another module with the same class, a
+    base that plays with adapters, and a file (`--json`) of other rows than the table's."""
     run_script(rl, *tiny_rl_options(bases["gpt2"], runs), "--eval-every", 0, monkeypatch=monkeypatch)
     good = runs / "corridor-rl-s0"
     for kept in runs.glob("**/episodes"):  # played again here
@@ -217,11 +260,14 @@ def test_table_of_all_runs(runs, bases, capsys, monkeypatch):
     capsys.readouterr()
     loaded, load = [], evaluation.load_players
     monkeypatch.setattr(evaluation, "load_players", lambda args, named: loaded.append(named) or load(args, named))
-    run_script(evaluation, *eval_options(runs), monkeypatch=monkeypatch)
-    assert loaded[0] == {"policy": sft_folder(runs) / "plain"}, "the ablation plays without reflections"
-    assert loaded[1] == {name: sft_folder(runs) / name for name in ("reflect", "policy")}
+    run_script(evaluation, *eval_options(runs), "--untuned", "--json", runs / "rows", monkeypatch=monkeypatch)
+    assert loaded[:2] == [{}, {"policy": sft_folder(runs) / "plain"}], "the ablation plays without reflections"
+    assert loaded[2] == {name: sft_folder(runs) / name for name in ("reflect", "policy")}
     out, sft = capsys.readouterr().out, sft_folder(runs).name
-    assert list(table_of(out)) == ["random", "expert", f"{sft} without reflection", f"{sft} with reflection", good.name]
+    names = ["random", "expert", "untuned base", f"{sft} without reflection", f"{sft} with reflection", good.name]
+    assert list(table_of(out)) == names
+    evaluation.print_table(evaluation.read_rows(runs / "rows", Corridor()))
+    assert table_of(capsys.readouterr().out) == table_of(out)
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
     named = ("damaged", "longer", "training", "NaN")
     assert len(notes) == 4 and all(any(str(runs / name) in note for note in notes) for name in named)

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+import curriculum
 import envs
 import eval as evaluation
 import reflect_rl
@@ -187,16 +189,19 @@ def scaled(values):
     return [value / statistics.pstdev(values) for value in values]
 
 
-@pytest.mark.parametrize("algo", ["reinforce", "rloo", "grpo"])
+@pytest.mark.parametrize("algo", ["reinforce", "rloo", "grpo", "paper"])
 def test_advantages_of_each_algorithm(algo, walks, learner):
-    """Bugs: groups mixed up, an advantage of another step or episode, no scaling or one too many, a lost weight."""
-    this = learner("--algo", algo)
+    """Bugs: groups mixed up, an advantage of another step or episode, no scaling or one too many, a lost weight; the
+    paper's discounted, or with a baseline."""
+    this, gamma = learner("--algo", algo), 1.0 if algo == "paper" else 0.97
     togo = []
     for episode in walks:
         rewards = [step.reward for step in episode.steps]
-        togo.append([sum(0.97**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))])
+        togo.append([sum(gamma**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))])
     if algo == "reinforce":
         expected = scaled(time_baseline_by_hand(togo))
+    elif algo == "paper":
+        expected = sum(togo, [])
     else:
         expected = []
         for i, episode in enumerate(walks):
@@ -448,10 +453,10 @@ def test_a_bandit_is_learned(algo, learner, monkeypatch):
 # Replay
 
 
-@pytest.mark.parametrize("algo", ["reinforce", "ppo"])
+@pytest.mark.parametrize("algo", ["reinforce", "ppo", "paper"])
 def test_replayed_steps_weigh_at_most_one(algo, walks, learner):
-    """min(1, pi / mu), and the ratio begins at 1 again. Bugs: mu's log-probs go into PPO's ratio, the buffer's own
-    episodes change, the weight is lost on its way to the loss."""
+    """min(1, pi / mu), in the paper 1, and the ratio begins at 1 again. Bugs: mu's log-probs go into PPO's ratio, the
+    buffer's own episodes change, the weight is lost on its way to the loss."""
     this = learner("--algo", algo, "--replay", 4)
     buffer, before, weights = deque(), {}, set()
     for episode in walks:
@@ -467,9 +472,10 @@ def test_replayed_steps_weigh_at_most_one(algo, walks, learner):
         pi = [step.log_prob for step in episode.steps]
         assert pi == pytest.approx(before[tuple((step.state, step.action) for step in episode.steps)], abs=1e-5)
         expected = [min(1.0, math.exp(-0.4 * (-1) ** (len(step.state) + step.action))) for step in episode.steps]
+        expected = [1.0] * len(expected) if algo == "paper" else expected
         assert [step.weight for step in episode.steps] == pytest.approx(expected, abs=1e-4)
         weights.update(expected)
-    assert len(weights) == 2
+    assert len(weights) == (1 if algo == "paper" else 2)
     assert all(step.weight == 1.0 for step in all_steps(walks)), "what was just played has weight 1"
 
 
@@ -534,6 +540,7 @@ def test_what_a_run_leaves(options, trained, capsys, monkeypatch):
     run = trained(more)
     assert saved == [1, 2, 3, 4, 5, 6], "a kill loses one update and no more"
     table = table_of(capsys.readouterr().out)
+    assert table[run.name][:3] == ["-"] * 3, "the SFT run that it began with does not say what it was made of"
     before, *lines = [json.loads(line) for line in (run / "log.jsonl").open()]
     assert before["step"] == before["episodes"] == 0 and 0 <= before["valid_success"] <= 1
     keys = {"step", "episodes", "stage", "return", "success", "length", "failed", "entropy", "approx_kl", "kl_sft"}
@@ -581,10 +588,65 @@ def test_names_of_runs(options, trained, capsys, monkeypatch):
     assert not torch.load(run / "checkpoint.pt", weights_only=True)["more"]["reflections"]
     args = rl_args("--no-negatives", "--algo", "ppo", "--replay", 2)
     assert rl.run_name(args) == "taxi-rl-ppo-no-negatives-replay-s0"
+    args = rl_args("--no-sft", "--no-milestone", "--algo", "paper", "--episodes", 12)
+    assert rl.run_name(args) == "taxi-rl-paper-no-sft-no-milestone-s0" and args.replay == 12
+    with pytest.raises(UserError, match="^--kl [^\n]*--no-sft$"):
+        rl_args("--no-sft", "--kl", 0.1)
     assert rl.run_name(rl_args("--seed", 3, "--env", "alfworld", "--name", "mine")) == "mine"
     for name in ("../mine", "/tmp/mine", "a/b", "..", "."):
         with pytest.raises(UserError, match="must stay inside"):
             rl.run_name(rl_args("--name", name))
+
+
+@pytest.mark.parametrize("more, updates", [([], 2), (["--no-reflection", "--algo", "ppo"], 12)])
+def test_without_sft_the_policy_starts_as_the_base(more, updates, options, monkeypatch):
+    """Bugs: a policy of SFT, or one with random B matrices; a reflector that is lost, or an SFT run that is needed
+    where nothing of it plays; a budget without RL; rows of another split."""
+    played, real = [], rl.play_together
+    monkeypatch.setattr(rl, "play_together", lambda *rest: played.append(real(*rest)) or played[-1])
+    args = rl_args(*options("--no-sft", "--updates", 2, "--eval-every", 0, *more))
+    first, run = sft.folder_of(args), Path(args.runs) / rl.run_name(args)
+    for name in ("policy", "plain") if args.reflection else ("",):
+        shutil.rmtree(first / name)
+    if args.reflection:
+        reflect_rl.write_budget(first / "reflect", 50, 30)
+    [row], [other] = rl.pipeline(args, ("valid", "test"))
+    base = reflect_rl.load_players(args, {})
+    for step in all_steps(played[0]):
+        assert step.log_probs == pytest.approx(alone(base, step, None)[0].tolist(), abs=1e-4)
+        assert (step.reflection is not None) == args.reflection
+    assert first.exists() == (run / "reflect").exists() == args.reflection and (run / "policy").exists()
+    known = {"records": 50, "updates": 30 + updates} if args.reflection else {"records": 0, "updates": updates}
+    assert row["budget"] == other["budget"] == [{**known, "episodes": 16}] and row["name"] == run.name
+    assert [row["split"], other["split"]] == ["valid", "test"] and row["sampled"] != other["sampled"]
+    if args.reflection:
+        assert same(*(load_file(folder / "reflect" / "adapter_model.safetensors") for folder in (first, run)))
+
+
+AUTHORS = ["--algo", "paper"]
+
+
+@pytest.mark.parametrize(
+    "more, name, stage",
+    [
+        ([], "ours", {"near": 1, "milestone": 0.5}),
+        (["--no-milestone"], "ours", {"near": 1}),
+        (AUTHORS, "theirs", {"milestone": 1.05}),
+        ([*AUTHORS, "--no-milestone"], "theirs", {}),
+    ],
+)
+def test_stages_are_those_of_the_options(more, name, stage, options, trained, monkeypatch):
+    """Bugs: an ablation that does nothing, the authors' algorithm on our stages, a run that its own options refuse to
+    resume."""
+    monkeypatch.setattr(Walk, "curriculum", ())
+    monkeypatch.setitem(curriculum.CURRICULA, Walk, [("ours", 1.0, {"near": 1, "milestone": 0.5})])
+    monkeypatch.setitem(curriculum.AUTHORS, Walk, [("theirs", 1.0, {"milestone": 1.05})])
+    calls, real = [], rl.play
+    monkeypatch.setattr(rl, "play", lambda *rest: calls.append(rest[3]) or real(*rest))
+    more = options(*more, "--updates", 2, "--eval-every", 0)
+    run = trained(more)
+    assert calls == [stage] * 2 and [line["stage"] for line in read_log(run)] == [name] * 2
+    assert trained([*more, "--resume"]) == run and len(calls) == 2
 
 
 def test_another_micro_batch_gives_the_same_run(options, trained, monkeypatch):
@@ -688,7 +750,7 @@ def kill_often(options, moments, trained, monkeypatch):
                     file.write('{"step": 77, "success": 1.0}\n{"step": 1, "succ')
 
 
-@pytest.mark.parametrize("algo", ["reinforce", "rloo", "grpo --kl 0.1", "ppo --replay 3"])
+@pytest.mark.parametrize("algo", ["reinforce", "rloo --no-sft", "grpo --kl 0.1", "ppo --replay 3"])
 def test_a_resumed_run_equals_the_uninterrupted_one(algo, options, trained, monkeypatch):
     """Six updates, a new stage after three; kills at each moment of an update, then at random. Bugs: Adam's moments,
     the critic, the buffer, the memo, the stage or the tasks begin anew; a half-written file taken for whole; a log with
@@ -851,7 +913,9 @@ def test_python_rl_runs_the_whole_pipeline(bases, tmp_path):
     out, _ = subprocess_of("rl.py", "--runs", tmp_path, *size, *more)
     rows = table_of(out)
     assert [name[:11].strip() for name in rows] == ["random", "expert", "taxi-sft-s0", "taxi-rl-s0"]
-    assert rows["expert"][0] == "100.0%" and float(rows["random"][0].rstrip("%")) < 20
+    assert rows["expert"][3] == "100.0%" and float(rows["random"][3].rstrip("%")) < 20
+    records = re.search(r"(\d+) records to learn from", out)[1]
+    assert [row[:3] for row in rows.values()] == [["0"] * 3] * 2 + [[records, "4", "0"], [records, "7", "12"]]
     assert [line["stage"] for line in read_log(tmp_path / "taxi-rl-s0")] == ["pickup", "dropoff", "full"]
 
 

@@ -252,6 +252,9 @@ def test_auto_stops_at_the_minimum_of_the_held_out_loss(bases, tmp_path, monkeyp
     folder = sft_folder(tmp_path / "whole")
     losses = {line["step"]: line["valid_loss"] for line in read_log(folder / "policy") if "valid_loss" in line}
     best = min(losses, key=losses.get)
+    count = len(sft.negatives.read_records(folder / "data" / "train.jsonl"))
+    for run in (folder, sft_folder(tmp_path / "cut")):  # what is left of the updates after the minimum is thrown away
+        assert reflect_rl.budget_of([run / "policy"]) == {"records": count, "updates": best, "episodes": 0}
     assert 2 <= best < max(losses) == best + 6 and all(step % 2 == 0 for step in losses)
     players = reflect_rl.load_players(resolved("--base", bases["gpt2"]), {"policy": folder / "policy"})
     records = sft.negatives.read_records(folder / "data" / "valid.jsonl")

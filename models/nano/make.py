@@ -290,8 +290,10 @@ def ask_near(env, rng):
 
 def random_walk(env, rng, length):
     """Random play of at most `length` steps that does not end: (state, actions); the environment stays there."""
-    exploring = isinstance(env, envs.AutoExplore)
-    options = {**env.training, "task": exploration_task(env, rng) if exploring else rng.choice(env.tasks("train"))}
+    exploring, tasks = isinstance(env, envs.AutoExplore), env.tasks("train")
+    if isinstance(env, envs.DangerousTaxi):  # `final` was cut from `train` after the base was made
+        tasks += env.tasks("final")
+    options = {**env.training, "task": exploration_task(env, rng) if exploring else rng.choice(tasks)}
     if isinstance(env, envs.DangerousTaxi):
         options["mode"] = rng.choice(env.modes)
     seed, history = rng.getrandbits(32), []
