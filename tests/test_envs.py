@@ -281,7 +281,7 @@ def test_the_contract_has_defaults_and_names_what_is_missing():
         ("os:system", {}, "system is not a subclass of envs.Env"),
         ("maps:", {}, "unknown environment"),
         ("taxi", {"size": 7}, "size"),
-        ("taxi", {"holdout": "maps"}, "unknown holdout 'maps'.*: starts or pairs"),
+        ("taxi", {"holdout": "maps"}, "holdout 'maps'.*: starts, or pairs"),
         ("taxi", {"horizon": "far"}, "must be a number, not 'far'"),
     ],
 )
