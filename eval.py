@@ -339,36 +339,50 @@ def read_rows(path, env):
 
 
 def plot(args):
-    """Success over training episodes: each seed a thin line, their mean a thick one where all were evaluated."""
+    """The curves of all RL runs found, the seeds of one kind of run together."""
+    curves = {}
+    for folder in runs_of(args):
+        for figures in read_log(folder):
+            if "valid_success" in figures:
+                points = curves.setdefault(re.sub(r"-s\d+$", "", folder.name).replace("-", " "), {})
+                points.setdefault(figures["episodes"], []).append(figures["valid_success"])
+    if not curves:
+        raise UserError(f"no run of {args.env} in {args.runs} has been evaluated yet")
+    draw_curves(curves, args.plot)
+
+
+def draw_curves(curves, path, stages=()):
+    """Validation success over training episodes, `{title: {episodes: [success of each seed]}}`, to an image file.
+
+    A line is the mean over seeds where all were evaluated, its band goes from the least to the most. `stages`: (name,
+    share of the episodes).
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plots need matplotlib: pip install matplotlib") from None
-    curves = {}  # kind of run -> a list with {episodes: validation success} of each seed
-    for folder in runs_of(args):
-        points = {}
-        for figures in read_log(folder):
-            if "valid_success" in figures:
-                points[figures["episodes"]] = figures["valid_success"]
-        if points:
-            curves.setdefault(re.sub(r"-s\d+$", "", folder.name), []).append(points)
-    if not curves:
-        raise UserError(f"no run of {args.env} in {args.runs} has been evaluated yet")
-
-    figure = Figure(figsize=(7, 4))
+    figure = Figure(figsize=(8, 4.5))
     axes = figure.subplots()
-    for kind, seeds in curves.items():
-        shared = sorted(set.intersection(*map(set, seeds)))
-        mean = [statistics.fmean(points[at] for points in seeds) for at in shared]
-        label = f"{kind}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-        [line] = axes.plot(shared, mean, marker="o", markersize=3, label=label)
-        for points in seeds:
-            axes.plot(points.keys(), points.values(), color=line.get_color(), linewidth=0.7, alpha=0.35)
-    axes.set(xlabel="training episodes", ylabel="success on the validation starts (sampled)", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(args.plot, dpi=130, bbox_inches="tight")
-    print(f"wrote {args.plot}")
+    last, place, done = max(map(max, curves.values())), -1.0, 0.0
+    means = {}
+    for title, points in curves.items():
+        seeds = max(map(len, points.values()))
+        means[title] = {at: statistics.fmean(points[at]) for at in sorted(points) if len(points[at]) == seeds}
+    for title in sorted(means, key=lambda title: means[title][max(means[title])]):
+        at, mean = list(means[title]), list(means[title].values())
+        [line] = axes.plot(at, mean, marker="o", markersize=3)
+        seeds = [curves[title][episodes] for episodes in at]
+        axes.fill_between(at, list(map(min, seeds)), list(map(max, seeds)), color=line.get_color(), alpha=0.15)
+        place = max(mean[-1], place + 0.05)  # names that would overlap stand above each other
+        axes.annotate(title, (last, place), (6, 0), textcoords="offset points", color=line.get_color(), va="center")
+    for name, share in stages:
+        axes.axvline(done * last, color="gray", linewidth=0.6, linestyle=":")
+        axes.annotate(name, (done * last, 1.01), color="gray", fontsize=8, rotation=40, annotation_clip=False)
+        done += share
+    axes.set(xlabel="training episodes", ylabel="success on the validation panel", ylim=(0, 1), xlim=(0, last))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------

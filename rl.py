@@ -382,15 +382,20 @@ def train(args, sft_adapters):
         if rank() == 0:
             run.save(number + 1, parameters, optimizer, reflections=players.reflections, buffer=list(buffer))
     if rank() == 0:
-        for name in {**sft_adapters, "policy": None}:
-            save_adapter(players.model, name, run.folder / name)
-            budget = budget_of([sft_adapters[name]] if name in sft_adapters else [])
-            if budget and name == "policy":
-                budget["updates"] += args.updates * args.epochs * args.minibatches  # at most
-                budget["episodes"] = args.updates * args.episodes
-            if budget:
-                write_budget(run.folder / name, **budget)
+        save_players(run, players, sft_adapters, args)
     return run.folder
+
+
+def save_players(run, players, sft_adapters, args):
+    """Adapters of both players, the trained policy's with SFT's and its own updates in its budget."""
+    for name in {**sft_adapters, "policy": None}:
+        save_adapter(players.model, name, run.folder / name)
+        budget = budget_of([sft_adapters[name]] if name in sft_adapters else [])
+        if budget and name == "policy":
+            budget["updates"] += args.updates * args.epochs * args.minibatches  # at most
+            budget["episodes"] = args.updates * args.episodes
+        if budget:
+            write_budget(run.folder / name, **budget)
 
 
 def make_learner(args, players, sft_adapters):

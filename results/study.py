@@ -135,35 +135,15 @@ def draw(path, env):
 
 
 def picture(path, env, out):
-    """Success on the validation panel over training episodes: means over seeds, a band from the least to the most."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("pictures need matplotlib: pip install matplotlib") from None
-    curves = {}  # title -> {episodes: success of each seed}
+    """The learning curves of a file of rows, each line named where it ends."""
+    curves = {}
     for row in evaluation.read_rows(path, env):
         for episodes, success in row.get("curve", []):
             points = curves.setdefault(row["name"].rpartition("-s")[0], {})
             points.setdefault(episodes, []).append(success)
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.subplots()
-    for title, points in curves.items():
-        means = [sum(points[at]) / len(points[at]) for at in points]
-        [line] = axes.plot(points.keys(), means)
-        lows, highs = [min(points[at]) for at in points], [max(points[at]) for at in points]
-        axes.fill_between(points.keys(), lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
-        end = (max(points), means[-1])
-        axes.annotate(title, end, (6, 0), textcoords="offset points", color=line.get_color(), va="center", fontsize=8)
-    last = max(map(max, curves.values()))
-    done, stages = 0.0, curriculum.stages_of(env)
-    for stage in stages:
-        axes.axvline(done * last, color="gray", linewidth=0.6, linestyle=":")
-        axes.annotate(stage.name, (done * last, 1.02), fontsize=7, color="gray", annotation_clip=False)
-        done += stage.share / sum(stage.share for stage in stages)
-    axes.set(xlabel="training episodes", ylabel="success on the validation panel", ylim=(0, 1), xlim=(0, last))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=130, bbox_inches="tight")
-    print(f"wrote {out}")
+    stages = curriculum.stages_of(env)
+    total = sum(stage.share for stage in stages)
+    evaluation.draw_curves(curves, out, [(stage.name, stage.share / total) for stage in stages])
 
 
 def main():
