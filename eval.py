@@ -296,23 +296,28 @@ def print_table(rows):
 # Rows in a file: what the tables and curves of docs/ are drawn from, without playing
 
 
+COLUMNS = {  # what is kept of an episode, beside its task
+    "success": lambda episode: int(episode.success),
+    "terminated": lambda episode: int(episode.terminated),
+    "return": lambda episode: round(episode.total, 3),
+    "length": lambda episode: len(episode.steps),
+}
+
+
 def write_rows(rows, path):
-    """One row a line, small: of each episode its task (index in the split), success, return, length and end."""
+    """One row a line, small: of each episode its task (index in the split) and `COLUMNS`."""
     lines = []
     for r in rows:
-        places = {json.dumps(task): i for i, task in enumerate(r["env"].tasks(r["split"]))}
-        line = {key: r[key] for key in r if key not in ("env", "sampled", "greedy")}
-        for kind in ("sampled", "greedy"):
-            line[kind] = []
+        places, line = {}, {"sampled": [], "greedy": []}
+        for i, task in enumerate(r["env"].tasks(r["split"])):
+            places[json.dumps(task)] = i
+        for kind in line:
             for episodes in r[kind]:
-                line[kind].append({
-                    "task": [places[json.dumps(episode.task)] for episode in episodes],
-                    "success": [int(episode.success) for episode in episodes],
-                    "terminated": [int(episode.terminated) for episode in episodes],
-                    "return": [round(episode.total, 3) for episode in episodes],
-                    "length": [len(episode.steps) for episode in episodes],
-                })
-        lines.append(json.dumps(line) + "\n")
+                columns = {"task": [places[json.dumps(episode.task)] for episode in episodes]}
+                for name, value in COLUMNS.items():
+                    columns[name] = list(map(value, episodes))
+                line[kind].append(columns)
+        lines.append(json.dumps({**r, "env": None, **line}) + "\n")
     write(path, "".join(lines))
 
 

@@ -47,20 +47,25 @@ class OtherText:
         self.players, self.kind, self.pool = players, kind, sorted(pool)
         self.expected = {}  # id of an episode -> the expert's action, to know afterwards whether a mistake was made
 
-    def text(self, episode, own):
-        if self.kind == "shuffled":
-            return random.Random(episode.state).choice([text for text in self.pool if text != own])
-        if self.kind == "empty":
-            return " ".join("-" for _ in own.split())
+    def texts(self, episodes):
+        if self.kind == "teacher":
+            return list(map(self.taught, episodes))
+        found = []
+        for episode, own in zip(episodes, self.players.reflect([e.state for e in episodes]), strict=True):
+            if self.kind == "shuffled":
+                own = random.Random(episode.state).choice([text for text in self.pool if text != own])
+            found.append(own if self.kind == "shuffled" else " ".join("-" for _ in own.split()))
+        return found
+
+    def taught(self, episode):
         wanted = self.expected.get(id(episode))
         mistake = bool(episode.steps) and episode.steps[-1].action != wanted
         self.expected[id(episode)] = episode.env.expert_action()
         return negatives.reflection_of(episode.env, mistake)
 
     def __call__(self, episodes, known):
-        states = [episode.state for episode in episodes]
-        texts = [self.text(*pair) for pair in zip(episodes, self.players.reflect(states), strict=True)]
-        steps = self.players.steps(states, [episode.actions for episode in episodes], texts)
+        menus = [episode.actions for episode in episodes]
+        steps = self.players.steps([episode.state for episode in episodes], menus, self.texts(episodes))
         self.players.score(steps)
         return steps
 
@@ -74,7 +79,6 @@ def text_rows(args):
         pool = {step.reflection for episode in own for step in episode.steps}
         rows.append(played_row(f"{title}, the reflector's text", own, args, adapters_of(folder)))
         for kind in ("shuffled", "empty", "teacher"):
-            players.reflections.clear()
             episodes = evaluation.evaluate(OtherText(players, kind, pool), env_factory(args), args.split, args.repeats)
             rows.append(played_row(f"{title}, {kind} text", episodes, args, adapters_of(folder)))
     return rows

@@ -132,6 +132,10 @@ def draw(path, env):
     unlearned = [row for row in rows if row["name"] in ("random", "expert", "untuned base")]
     learned = sorted((row for row in rows if row not in unlearned), key=lambda row: row["name"])
     evaluation.print_table(unlearned + (evaluation.pooled(learned) or learned))
+    for row in learned:
+        reached = [episodes for episodes, success in row.get("curve", ()) if success >= 0.5]
+        if row.get("curve"):
+            print(f"{row['name']}: 50% of the validation panel after {reached[0] if reached else 'no'} episodes of RL")
 
 
 def picture(path, env, out):

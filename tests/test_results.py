@@ -1,0 +1,27 @@
+"""The tables in docs/results.md are those of the files in results/, and its figures come from nowhere else."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import envs
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "results"))
+
+import study  # noqa: E402
+
+DOCS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+FILES = sorted((ROOT / "results").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_tables_of_the_docs_are_drawn_from_the_files(path, capsys):
+    """Catches a figure that was typed, or a file of rows that was made again without its table."""
+    study.draw(path, envs.make(path.stem.split("-")[1]))
+    drawn = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    [section] = re.findall(rf"`results/{re.escape(path.name)}`.*?\n\n((?:\|.*\n)+)", DOCS)
+    for line in section.splitlines()[2:]:
+        assert " ".join(line.split()) in drawn
