@@ -522,6 +522,8 @@ def pipeline(args, splits):
     stages = ["reflect"] * args.reflection
     if args.sft:
         stages.append("policy" if args.reflection else "plain")
+    if args.env not in envs.ENVS:
+        envs.check(env_factory(args)())
     if stages and os.environ.get("RANK", "0") == "0":  # under torchrun the others wait in joined_processes
         sft.run(args, stages)
     with joined_processes(args):  # after SFT, which is the first process's work alone

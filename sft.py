@@ -288,7 +288,9 @@ def run(args, stages):
     if not todo:
         return print(f"{folder}: done already")
     # What cannot work leaves no folder behind: the environment, the base and one's own records come first.
-    make_env()
+    env = make_env()
+    if args.env not in envs.ENVS:
+        envs.check(env)
     players = load_players(args, {})
     for stage in todo:
         torch.manual_seed(args.seed)

@@ -13,6 +13,8 @@ import maps
 import pytest
 
 import envs
+from envs import Env, UserError
+from examples.key_door import KeyDoor
 
 MODES = ("full", "pickup", "dropoff")
 SPLITS = ("train", "valid", "test", "final")
@@ -369,3 +371,40 @@ def test_play_by_hand(tmp_path):
         assert wrong.split("=")[0] in play(tmp_path, wrong, code=2)[1].splitlines()[-1]
     (tmp_path / "mine.py").write_text(MINE.format(body="return []"))
     assert "no tasks in its train split" in play(tmp_path, "--env", "mine:Mine", code=2)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# An environment of one's own, checked before anything is trained
+
+
+def step(*result):
+    return lambda self, action: result
+
+
+INFO = {"actions": ("a",), "success": False}
+
+
+@pytest.mark.parametrize(
+    "violation, words",
+    [
+        ({"info": lambda self, success: {"success": success}}, "info must have 'actions'"),
+        ({"info": lambda self, success: {"actions": ("a",)}}, "info must have 'success'"),
+        ({"info": lambda self, success: {"actions": (), "success": success}}, "at least one"),
+        ({"expert_action": lambda self: 7}, r"expert_action\(\) is 7, and there are 4 actions"),
+        ({"state": lambda self: 3}, "a state must be a text that is not empty, not 3"),
+        ({"state": lambda self: str(random.random())}, "two resets with one seed"),
+        ({"tasks": lambda self, split: [[0, 1, 2]]}, r"task \[0, 1, 2\] is in valid and in train"),
+        ({"tasks": lambda self, split: []}, r"tasks\('train'\) must be a list"),
+        ({"tasks": lambda self, split: [object()]}, "a task must be a JSON value"),
+        ({"tasks": Env.tasks}, r"needs a method tasks\(\)"),
+        ({"step": step("x", 0.0, False, False, INFO)}, "has not ended after 1000 steps"),
+        ({"step": step("x", None, True, False, INFO)}, "a reward must be a number, not None"),
+        ({"step": step("x", 0.0, True, INFO)}, r"step\(\) gave"),
+        ({"step": step("x", 0.0, True, False, None)}, "info must have 'actions'"),
+    ],
+)
+def test_a_violation_of_the_contract_is_named_before_the_training(violation, words):
+    """Catches an environment that fails after an hour of SFT, or trains on what its author did not mean."""
+    envs.check(KeyDoor())
+    with pytest.raises(UserError, match=words):
+        envs.check(type("Mine", (KeyDoor,), violation)())
