@@ -842,9 +842,11 @@ OWN_MODULES = set()  # modules of environments that were loaded as package.modul
 
 
 def env_class(name):
-    """An environment's class by short name, or yours as `package.module:Class`."""
+    """An environment's class by short name, Gymnasium's as `gym:ID`, or yours as `package.module:Class`."""
     if name in ENVS:
         return ENVS[name]
+    if name.startswith("gym:"):
+        return beside("../examples/gym_text.py").env_of(name)
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         raise UserError(f"unknown environment {name!r}: one of {', '.join(ENVS)}, or package.module:Class")
     module_name, attribute = name.split(":")
