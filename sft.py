@@ -60,6 +60,7 @@ HELD_OUT = 128  # records of the valid split that are looked at, every REPORT_EV
 REPORT_EVERY = 100
 MOST_UPDATES = 5000  # of a stage that stops by itself
 LOOK_EVERY, PATIENCE = 25, 200  # updates between its looks at the held-out loss; without a new minimum until it stops
+LEAST_GAIN = 1e-4  # nats by which a new minimum is lower: a loss that has reached 0 falls for ever
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def fit(run, players, stage, pairs, records, steps, args):
             )
         elif auto and (step + 1) % LOOK_EVERY == 0:
             figures["valid_loss"] = held_out_loss(players, records, stage)
-        if auto and figures.get("valid_loss", math.inf) < best["loss"]:
+        if auto and figures.get("valid_loss", math.inf) < best["loss"] - LEAST_GAIN:
             weights = [parameter.detach().cpu().clone() for parameter in parameters]
             best = {"loss": figures["valid_loss"], "step": step + 1, "weights": weights}
         run.log(figures)
