@@ -8,12 +8,12 @@ import itertools
 
 from envs import Env
 
-ROOMS = 7
+ROOMS, ACTIONS = 7, ("go left", "go right", "take the key", "open the door")
 
 
 class KeyDoor(Env):
     horizon = 20
-    settings = {"trajectories": 100, "reflect_steps": 200, "policy_steps": 60, "updates": 30}
+    settings = {"trajectories": 200, "reflect_steps": 300, "policy_steps": 25, "updates": 20}
 
     def tasks(self, split):  # [room of the agent, of the key, of the door]: every fifth is held out
         starts = [list(start) for start in itertools.product(range(ROOMS), repeat=3)]
@@ -26,20 +26,24 @@ class KeyDoor(Env):
         return self.state(), self.info(False)
 
     def info(self, success):
-        return {"actions": ("go left", "go right", "take the key", "open the door"), "success": success}
+        return {"actions": ACTIONS, "success": success}
 
-    def state(self):
+    def state(self):  # a picture: K the key, D the door, Y you
+        cells = [""] * ROOMS
+        for letter, room in (("K", self.key), ("D", self.door), ("Y", self.room)):
+            if letter != "K" or not self.has_key:
+                cells[room] += letter
         hand = "the key" if self.has_key else "nothing"
-        return (f"There are {ROOMS} rooms. You are in room {self.room}. The key was in room {self.key}. "
-                f"The door is in room {self.door}. In hand: {hand}. Last action: {self.last}.")
+        return f"Rooms: {' '.join(cell or '.' for cell in cells)}\nIn hand: {hand}.\nLast action: {self.last}."
 
     def step(self, action):
-        self.steps, self.last = self.steps + 1, self.info(False)["actions"][action]
+        before, self.steps = (self.room, self.has_key), self.steps + 1
         if action < 2:
             self.room = min(max(self.room + (-1, 1)[action], 0), ROOMS - 1)
         elif action == 2:
             self.has_key = self.has_key or self.room == self.key
         success = action == 3 and self.has_key and self.room == self.door
+        self.last = ACTIONS[action] + (", in vain" if (self.room, self.has_key) == before and not success else "")
         return self.state(), 1.0 if success else -0.02, success, self.steps >= self.horizon, self.info(success)
 
     def goal(self):
@@ -51,6 +55,6 @@ class KeyDoor(Env):
         return int(self.goal() > self.room)
 
     def reflection(self, mistake):  # what is so and what is wanted, not the action
-        side = "left" if self.goal() < self.room else "right" if self.goal() > self.room else "here"
-        wrong = f"To {self.last} was a mistake. " if mistake else ""
-        return f"{wrong}In hand is {'the key' if self.has_key else 'nothing'}. Next goal: room {self.goal()}, {side}."
+        goal = "the door" if self.has_key else "the key"
+        side = "to the left" if self.goal() < self.room else "to the right" if self.goal() > self.room else "here"
+        return ("The last action was a mistake. " if mistake else "") + f"Next goal: {goal}, {side}."

@@ -78,9 +78,14 @@ def rows_of(args, rows):
             [row] = [row for row in before if row["name"].endswith(wanted)]
             if f"{wanted}, SFT-s{args.seed}" not in [row["name"] for row in found]:
                 found.append(titled(row, f"{wanted}, SFT", args.seed))
-    for reflection, own in learned.items():
-        if len(learned) > 1:
-            found.append(longer(own, reflection, largest))
+    if len(learned) > 1:
+        found += [longer(own, reflection, largest) for reflection, own in learned.items()]
+        own = learned[False]  # RL without reflection, and as many updates in all as with it
+        rl_updates = own.updates * own.epochs * own.minibatches
+        own = arm(own, policy_steps=largest - rl_updates, name=f"{rl.run_name(own)}-longer")
+        own.resume = (pathlib.Path(own.runs) / own.name / "config.json").exists()
+        [[*_, after]] = rl.pipeline(own, [args.split])
+        found.append(titled(after, "without reflection, SFT longer + RL", args.seed))
     return found
 
 
@@ -126,11 +131,19 @@ def options_of(parser):
     return args, more, path
 
 
+def place_of(row):
+    """Where a row stands in its table: what is expected to be better comes later, so that differences are gains."""
+    title = row["name"].rpartition("-s")[0]
+    stages = ["RL only", "SFT", "SFT longer", "SFT + RL", "SFT longer + RL"]
+    stage = title.rpartition("reflection, ")[2]
+    return title.startswith("with "), stages.index(stage) if stage in stages else -1, row["name"]
+
+
 def draw(path, env):
     """The table of a file of rows; where there are several seeds, of their means."""
     rows = evaluation.read_rows(path, env)
     unlearned = [row for row in rows if row["name"] in ("random", "expert", "untuned base")]
-    learned = sorted((row for row in rows if row not in unlearned), key=lambda row: row["name"])
+    learned = sorted((row for row in rows if row not in unlearned), key=place_of)
     evaluation.print_table(unlearned + (evaluation.pooled(learned) or learned))
     for row in learned:
         reached = [episodes for episodes, success in row.get("curve", ()) if success >= 0.5]
