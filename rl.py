@@ -522,7 +522,7 @@ def pipeline(args, splits):
     stages = ["reflect"] * args.reflection
     if args.sft:
         stages.append("policy" if args.reflection else "plain")
-    if args.env not in envs.ENVS:
+    if not stages and args.env not in envs.ENVS:  # else SFT checks it
         envs.check(env_factory(args)())
     if stages and os.environ.get("RANK", "0") == "0":  # under torchrun the others wait in joined_processes
         sft.run(args, stages)

@@ -264,6 +264,19 @@ def test_auto_stops_at_the_minimum_of_the_held_out_loss(bases, tmp_path, monkeyp
     assert all(torch.equal(a[key], b[key]) for key in a) and read_log(folder / "policy") == read_log(other / "policy")
 
 
+def test_auto_ends_where_the_loss_has_reached_nothing(bases, tmp_path, monkeypatch):
+    """Catches a stage that goes on to its last update because a loss of 0.00001 still falls."""
+    monkeypatch.setattr(sft, "LOOK_EVERY", 2)
+    monkeypatch.setattr(sft, "PATIENCE", 6)
+    falling = iter(range(1000))
+    monkeypatch.setattr(sft, "held_out_loss", lambda *args: 1e-3 / (1 + next(falling)))  # 0.001, 0.0005, 0.00033, ...
+    run_script(sft, *tiny_options(bases["gpt2"], tmp_path), "--stage", "policy", "--policy-steps", "auto",
+               monkeypatch=monkeypatch)
+    folder = sft_folder(tmp_path)
+    [updates] = {line["step"] for line in read_log(folder / "policy")[-1:]}
+    assert updates == 16 and reflect_rl.budget_of([folder / "policy"])["updates"] == 10
+
+
 def killed_at(stop, batch_at, pairs, step, args):
     if step == stop:
         raise Killed
