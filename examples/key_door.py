@@ -13,7 +13,7 @@ ROOMS, ACTIONS = 7, ("go left", "go right", "take the key", "open the door")
 
 class KeyDoor(Env):
     horizon = 20
-    settings = {"trajectories": 200, "reflect_steps": 300, "policy_steps": 25, "updates": 20}
+    settings = {"trajectories": 200, "reflect_steps": 300, "policy_steps": 40, "updates": 30}
 
     def tasks(self, split):  # [room of the agent, of the key, of the door]: every fifth is held out
         starts = [list(start) for start in itertools.product(range(ROOMS), repeat=3)]
