@@ -8,6 +8,7 @@ one start are not independent; differences are paired, episode by episode. What 
 
     python eval.py --env taxi              # a table of all runs found
     python eval.py --run runs/taxi-rl-s0 --split valid
+    python eval.py --html page.html        # the same, and the episodes to look at in a browser
     python eval.py --plot curves.png       # success over episodes of all RL runs (needs matplotlib)
 """
 
@@ -24,10 +25,11 @@ from pathlib import Path
 import numpy as np
 
 import envs
+import negatives
 from envs import UserError
 from reflect_rl import (
     COMMON, Episode, Step, adapters_of, add_options, as_trained, budget_of, env_factory, load_players,
-    parse_args, play, read_config, read_log, runs_of, write,
+    one_line, parse_args, play, read_config, read_log, runs_of, write,
 )
 
 OPTIONS = {
@@ -36,6 +38,7 @@ OPTIONS = {
     "run": ("", "evaluate this run only"),
     "untuned": (False, "also play the base LM without adapters"),
     "json": ("", "write the rows to this file as well, a line of JSON each"),
+    "html": ("", "write the episodes to this page, to look at in a browser"),
     "plot": ("", "draw the learning curves to this file instead"),
 }
 PANEL = 120  # tasks of a split that are played, where it has more
@@ -340,6 +343,76 @@ def read_rows(path, env):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Episodes in a page, to look at
+
+
+def write_html(rows, settings, path):
+    """Write `data/viewer.html` with the sampled episodes of the rows in it: one file, which needs no network."""
+    runs = []
+    for r in rows:
+        for seed, episodes in enumerate(r["sampled"]):
+            name = r["name"] if len(r["sampled"]) == 1 else f"{r['name']}, {seed}"
+            told = [tell(episode, r["env"], number) for number, episode in enumerate(episodes)]
+            runs.append({"name": name, "episodes": told})
+    # Texts come from outside. Without a "<" none of them can end the script element that holds the JSON.
+    text = json.dumps({"settings": settings, "runs": runs}, default=str).replace("<", "\\u003c")
+    write(path, (envs.DATA / "viewer.html").read_text(encoding="utf-8").replace("{{data}}", text))
+
+
+def tell(episode, env, number):
+    """An episode as the page reads it; `number`: its place in the panel. `end` is the state after the last step."""
+    steps = []
+    for step, (expert, teacher) in zip(episode.steps, teachers_view(episode, env, number), strict=True):
+        told = {key: getattr(step, key) for key in ("state", "reflection", "actions", "action", "reward")}
+        probs = [round(math.exp(log_prob), 6) for log_prob in step.log_probs]  # JSON has no -inf
+        steps.append({**told, "probs": probs, "expert": expert, "teacher": teacher})
+    outcome = "success" if episode.success else "failure" if episode.terminated else "out of time"  # as in `show`
+    return {"number": number, "task": episode.task, "groups": list(env.groups(episode.task)), "outcome": outcome,
+            "return": episode.total, "steps": steps, "end": episode.state}
+
+
+def teachers_view(episode, env, number):
+    """Of each step the expert's action, and the teacher's words where the reflection is none of them; else None.
+
+    Kept episodes have neither, so the episode is played again, from the seed that `reflect_rl.play` gave it. Where it
+    comes out differently (another version of the environment) nothing is said.
+    """
+    nothing, found = [(None, None)] * len(episode.steps), []
+    other = over = False
+    if type(env).expert_action is envs.Env.expert_action:
+        return nothing
+    seed = random.Random(f"{PANEL_SEED}/{number}").getrandbits(32)
+    try:
+        state, info = env.reset(seed=seed, options={"task": episode.task})
+        for step in episode.steps:
+            if over or (state, list(info["actions"])) != (step.state, list(step.actions)):
+                return nothing
+            expert = int(env.expert_action())
+            found.append((expert, correction(step.reflection, env, other)))
+            other = step.action != expert
+            state, _, terminated, truncated, info = env.step(step.action)
+            over = terminated or truncated
+    except UserError:  # an expert that does not know this task
+        return nothing
+    return found if state == episode.state else nothing
+
+
+def correction(reflection, env, other):
+    """The teacher's words on the current state, None where the reflection has them or there is no teacher.
+
+    `other`: whether the last action was not the expert's. It may have been as good, so the reflection may call it a
+    mistake or not.
+    """
+    if reflection is None:
+        return None
+    try:
+        words = [one_line(negatives.reflection_of(env, mistake)) for mistake in (False, other)]
+    except UserError:
+        return None
+    return None if reflection in words else words[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Curves
 
 
@@ -399,11 +472,12 @@ def main():
     args = parse_args(parser)
     if args.plot:
         return plot(args)
-    if args.json and not Path(args.json).resolve().parent.is_dir():  # now, and not when everything was played
-        raise UserError(f"--json {args.json}: there is no such folder")
+    for name, path in (("json", args.json), ("html", args.html)):
+        if path and not Path(path).resolve().parent.is_dir():  # now, and not when everything was played
+            raise UserError(f"--{name} {path}: there is no such folder")
     rows = [] if args.run else baseline_rows(args)
+    as_run = as_trained(args, args.run) if args.run else args
     if args.untuned:
-        as_run = as_trained(args, args.run) if args.run else args
         rows.append(row("untuned base", lambda: load_players(as_run, {}), as_run))
     for folder in [args.run] if args.run else runs_of(args):
         try:
@@ -419,6 +493,9 @@ def main():
         raise UserError(f"{args.run} holds no policy yet: it was stopped before it was saved")
     if args.json:
         write_rows(rows, args.json)
+    if args.html:
+        write_html(rows, vars(as_run), args.html)
+        print(f"wrote {args.html}")
     print_table(rows)
 
 

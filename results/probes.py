@@ -2,7 +2,7 @@
 help?
 
     text      the runs of `study.py reflection`, played with other texts than the reflector's own
-    scoring   one token an action against the mean log-probability of whole action texts (as SayCan and GLAM score)
+    scoring   one token an action against the log-probabilities of whole action texts (as SayCan and GLAM score)
     recovery  AutoExplore: a reflector that saw mistakes and one that did not, after a forced wrong `cat`
 
     python results/probes.py text --env taxi --seeds 0,1,2,3,4      # after study.py, with the same --runs
@@ -96,7 +96,7 @@ def played_row(title, episodes, args, adapters, **more):
 
 
 class WholeTexts:
-    """An actor: softmax over the mean log-probabilities of the actions' whole texts, which the prompt does not list."""
+    """An actor: softmax over the log-probabilities of the actions' whole texts, which the prompt does not list."""
 
     def __init__(self, players):
         self.players, self.tokens, self.decisions, self.seconds = players, 0, 0, 0.0
@@ -109,7 +109,7 @@ class WholeTexts:
             pairs = whole_texts(self.players, [(step.state, step.reflection, action) for action in step.actions])
             scores = []
             for start in range(0, len(pairs), self.players.micro_batch):
-                scores += mean_log_probs(self.players, pairs[start : start + self.players.micro_batch])
+                scores += text_log_probs(self.players, pairs[start : start + self.players.micro_batch])
             step.log_probs = torch.tensor(scores).log_softmax(0).tolist()
             steps.append(step)
             self.tokens += sum(len(prompt) + len(completion) for prompt, completion in pairs)
@@ -144,14 +144,14 @@ def whole_texts(players, choices):
     return pairs
 
 
-def mean_log_probs(players, pairs):
-    """The mean log-probability of each completion's tokens, a list of floats."""
+def text_log_probs(players, pairs):
+    """The log-probability of each completion, a list of floats. (Its mean over tokens would flatten the softmax.)"""
     ids, mask = sft.collate(pairs, players.device)
     use_adapter(players.model, "policy")
     keep = torch.arange(ids.shape[1] - 1, device=ids.device)
     log_probs = forward(players.model, ids, keep).logits.float().log_softmax(-1)  # (B, T-1, V)
     chosen = log_probs.gather(2, ids[:, 1:, None])[:, :, 0].masked_fill(~mask[:, 1:], 0.0)
-    return (chosen.sum(1) / mask[:, 1:].sum(1)).tolist()
+    return chosen.sum(1).tolist()
 
 
 def scoring_rows(args):
