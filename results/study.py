@@ -68,9 +68,7 @@ def rows_of(args, rows):
         own = arm(args, **changes)
         own.resume = (pathlib.Path(own.runs) / rl.run_name(own) / "config.json").exists()
         [[*before, after]] = rl.pipeline(own, [args.split])
-        folder = pathlib.Path(own.runs) / rl.run_name(own)
-        curve = [[line["episodes"], line["valid_success"]] for line in read_log(folder) if "valid_success" in line]
-        found.append(titled(after, title, args.seed) | {"curve": curve})
+        found.append(titled(after, title, args.seed) | {"curve": curve_of(own)})
         largest = max(largest, after["budget"][0].get("updates", 0))
         if own.sft:
             learned[own.reflection] = own
@@ -85,8 +83,17 @@ def rows_of(args, rows):
         own = arm(own, policy_steps=largest - rl_updates, name=f"{rl.run_name(own)}-longer")
         own.resume = (pathlib.Path(own.runs) / own.name / "config.json").exists()
         [[*_, after]] = rl.pipeline(own, [args.split])
-        found.append(titled(after, "without reflection, SFT longer + RL", args.seed))
+        found.append(titled(after, "without reflection, SFT longer + RL", args.seed) | {"curve": curve_of(own)})
     return found
+
+
+def curve_of(args):
+    """Validation success of a run, `[[episodes, success], ...]`."""
+    points = []
+    for line in read_log(pathlib.Path(args.runs) / rl.run_name(args)):
+        if "valid_success" in line:
+            points.append([line["episodes"], line["valid_success"]])
+    return points
 
 
 def longer(own, reflection, updates):
