@@ -2,8 +2,9 @@
 
 A study is a list of rows; each is trained and evaluated for every seed by the same functions as `python rl.py`, both
 stages of SFT to the minimum of their held-out loss (`auto`). Runs that are finished are not made again, so a study goes
-on where it was stopped, and two processes may do different seeds side by side (`--seeds 0,2` and `--seeds 1,3`). The
-rows are written to STUDY-ENV-SPLIT.jsonl beside this file, from which the tables and pictures in docs/ are drawn.
+on where it was stopped, and two processes may do different seeds side by side (`--seeds 0,2` and `--seeds 1,3`, then
+once more with all). The rows are written to STUDY-ENV-TRAJECTORIES-SPLIT.jsonl beside this file, from which the tables
+and pictures in docs/ are drawn.
 
     python results/study.py reflection --env taxi --seeds 0,1,2,3,4
     python results/study.py reflection --env taxi --draw             # the table from the file, nothing is played
@@ -12,6 +13,7 @@ rows are written to STUDY-ENV-SPLIT.jsonl beside this file, from which the table
 
 import argparse
 import pathlib
+import re
 import shutil
 import sys
 
@@ -130,6 +132,8 @@ def options_of(parser):
         raise UserError("a study plays taxi, autoexplore or alfworld")
     args.trajectories = args.few or (WEAK if args.study == "curriculum" else FEW)[args.env]
     path = HERE / f"{args.study}-{args.env}-{args.trajectories}-{args.split}.jsonl"
+    if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+        raise UserError(f"--seeds {args.seeds!r}: numbers with commas between them")
     more = argparse.Namespace(seeds=list(map(int, args.seeds.split(","))))
     for name in ("study", "draw", "picture"):  # what is no setting of a run
         setattr(more, name, getattr(args, name))
