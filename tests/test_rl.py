@@ -806,6 +806,7 @@ def run_main(options, output, environment):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a gate started with & and nohup ignores Ctrl-C
     sys.argv = ["rl.py", *options]
     torch.set_num_threads(1)
     envs.run_main(rl.main)
