@@ -199,7 +199,7 @@ class WrongFirst:
         self.players, self.spoiled = players, set()  # ids of the episodes that had their wrong `cat`
 
     def __call__(self, episodes, known):
-        steps = self.players([episode for episode in episodes], known)
+        steps = self.players(episodes, known)
         for episode, step in zip(episodes, steps, strict=True):
             if id(episode) in self.spoiled:
                 continue

@@ -26,3 +26,15 @@ def test_tables_of_the_docs_are_drawn_from_the_files(path, capsys):
     assert sections, "a file that no table is drawn from"
     for line in "".join(sections).splitlines():
         assert " ".join(line.split()) in drawn or set(line) <= set("|- ")
+
+
+def test_figures_of_the_readme_are_those_of_the_docs():
+    """Catches a README whose table was not changed with the results."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (?:taxi|AutoExplore), with.*", readme, re.M)
+    assert len(lines) == 4
+    for line in lines:
+        for cell in line.split("|")[2:-1]:
+            success, *interval = re.findall(r"\d+\.\d", cell)
+            pattern = rf"\| +{success}% \| +" + (rf"\[{interval[0]}%, {interval[1]}%\] \|" if interval else "")
+            assert re.search(pattern, DOCS), cell
