@@ -848,7 +848,7 @@ def env_class(name):
     if name.startswith("gym:"):
         return beside("../examples/gym_text.py").env_of(name)
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        raise UserError(f"unknown environment {name!r}: one of {', '.join(ENVS)}, or package.module:Class")
+        raise UserError(f"unknown environment {name!r}: one of {', '.join(ENVS)}, gym:ID, or package.module:Class")
     module_name, attribute = name.split(":")
     # The current directory comes last, so that no file in it takes the place of an installed package.
     if "." not in sys.path and "" not in sys.path:
@@ -907,7 +907,7 @@ def check(env):
                 require(isinstance(result, tuple) and len(result) == 5, env, f"step() gave {result!r}, not 5 values")
                 state, reward, terminated, truncated, info = result
                 require(isinstance(reward, numbers.Real), env, f"a reward must be a number, not {reward!r}")
-                first, over = read(env, state, info), terminated or truncated
+                first, over = checked(env, state, info), terminated or truncated
                 if over:
                     break
             require(over, env, f"an episode has not ended after {MOST_STEPS} steps: truncate it at `horizon`")
@@ -917,7 +917,7 @@ def begun(env, task):
     """State, actions and success after a reset, checked."""
     result = env.reset(seed=0, options={**env.training, "task": task})
     require(isinstance(result, tuple) and len(result) == 2, env, f"reset() must return (state, info), not {result!r}")
-    first = read(env, *result)
+    first = checked(env, *result)
     if type(env).expert_action is not Env.expert_action:
         action = env.expert_action()
         within = isinstance(action, numbers.Integral) and 0 <= action < len(first[1])
@@ -925,7 +925,7 @@ def begun(env, task):
     return first
 
 
-def read(env, state, info):
+def checked(env, state, info):
     """`(state, actions, success)` of what `reset` or `step` returned, checked."""
     require(isinstance(state, str) and state, env, f"a state must be a text that is not empty, not {state!r}")
     for key in ("actions", "success"):
@@ -977,7 +977,8 @@ def key_and_value(text):
 
 def main():
     parser = argparse.ArgumentParser(description="Play an environment by hand.", allow_abbrev=False)
-    parser.add_argument("--env", default="taxi", help=f"{', '.join(ENVS)}, or package.module:Class (default: taxi)")
+    names = ", ".join(ENVS)
+    parser.add_argument("--env", default="taxi", help=f"{names}, gym:ID, or package.module:Class (default: taxi)")
     more = {"type": key_and_value, "action": "append", "default": [], "metavar": "KEY=VALUE"}
     parser.add_argument("--env-option", help="option of its constructor, repeatable, such as mode=pickup", **more)
     parser.add_argument("--repos", metavar="DIR", help="AutoExplore: a directory of yours")

@@ -884,7 +884,7 @@ def show(episode):
 # Options: tables `{name: (default, what it is)}`, with a third entry for the allowed values, the least one, or a type
 
 COMMON = {
-    "env": ("taxi", "taxi, autoexplore, alfworld, or yours as package.module:Class"),
+    "env": ("taxi", "taxi, autoexplore, alfworld, Gymnasium's as gym:ID, or yours as package.module:Class"),
     "env_option": ([], "KEY=VALUE for the environment's constructor, repeatable, such as mode=pickup"),
     "repos": ("", "AutoExplore: a directory of yours instead of the shipped repositories"),
     "base": ("nano", "directory of the base LM; nano is the shipped models/nano"),
