@@ -429,8 +429,11 @@ def plot(args):
     draw_curves(curves, args.plot)
 
 
-def draw_curves(curves, path, stages=()):
-    """Validation success over training episodes, `{title: {episodes: [success of each seed]}}`, to an image file.
+EPISODES = ("training episodes", "success on the validation panel")
+
+
+def draw_curves(curves, path, stages=(), labels=EPISODES, scale="linear"):
+    """Success over training episodes (or what `labels` says), `{title: {x: [success of each seed]}}`, to an image file.
 
     A line is the mean over seeds where all were evaluated, its band goes from the least to the most. `stages`: (name,
     share of the episodes).
@@ -457,7 +460,12 @@ def draw_curves(curves, path, stages=()):
         axes.axvline(done * last, color="gray", linewidth=0.6, linestyle=":")
         axes.annotate(name, (done * last, 1.01), color="gray", fontsize=8, rotation=40, annotation_clip=False)
         done += share
-    axes.set(xlabel="training episodes", ylabel="success on the validation panel", ylim=(0, 1), xlim=(0, last))
+    first = 0 if scale == "linear" else min(map(min, curves.values()))
+    if scale == "log":
+        axes.set_xscale("log")
+        axes.set_xticks(ticks := sorted(set().union(*curves.values())), map(str, ticks), minor=False)
+        axes.minorticks_off()
+    axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, 1), xlim=(first, last))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     print(f"wrote {path}")

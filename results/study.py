@@ -9,6 +9,7 @@ and pictures in docs/ are drawn.
     python results/study.py reflection --env taxi --seeds 0,1,2,3,4
     python results/study.py reflection --env taxi --draw             # the table from the file, nothing is played
     python results/study.py reflection --env taxi --draw --picture curves.png      # and the curves
+    python results/study.py amount --env taxi --draw --picture amounts.png         # of all its files, success by --few
 """
 
 import argparse
@@ -47,6 +48,7 @@ STUDIES = {  # row -> options of rl.py; rows of SFT alone are evaluated on the w
         "PPO": {"algo": "ppo"},
         "as the authors' code": {"algo": "paper"},
     },
+    "amount": {"with reflection, SFT + RL": {}},  # of trajectories: `--few 10`, then `--few 50`, ...
 }
 # Trajectories that leave SFT short of its ceiling: with thousands there is nothing left for RL to add.
 FEW = {"taxi": 20, "alfworld": 100, "autoexplore": 400}
@@ -120,7 +122,7 @@ def options_of(parser):
         "few": (0, "trajectories of the teacher; 0 = what leaves SFT short of its ceiling", 0),
         "split": ("test", "split of the panel"),
         "draw": (False, "draw the table from the file; train and play nothing"),
-        "picture": ("", "draw the learning curves to this file as well"),
+        "picture": ("", "draw the learning curves, or success by amount of data, to this file as well"),
     }
     fixed = {"name": "", "resume": False, "seed": 0, "data": "", "trajectories": 0}
     fixed |= {"reflect_steps": "auto", "policy_steps": "auto"}
@@ -174,6 +176,21 @@ def picture(path, env, out):
     evaluation.draw_curves(curves, out, [(stage.name, stage.share / total) for stage in stages])
 
 
+def picture_of_amounts(path, env, out):
+    """Test success over the number of teacher trajectories, from the files of all amounts beside `path`."""
+    curves = {}
+    for file in path.parent.glob(re.sub(r"-\d+-", "-*-", path.name)):
+        amount = int(re.search(r"-(\d+)-", file.name)[1])
+        rows = evaluation.read_rows(file, env)
+        for row in rows:
+            title, _, seed = row["name"].rpartition("-s")
+            if seed.isdigit():
+                success = evaluation.summary(row["sampled"][0])["success"]
+                curves.setdefault(title, {}).setdefault(amount, []).append(success)
+    labels = ("teacher trajectories", f"success on the {rows[0]['split']} panel")
+    evaluation.draw_curves(curves, out, labels=labels, scale="log")
+
+
 def main():
     parser = argparse.ArgumentParser(description="The experiments behind the tables.")
     parser.add_argument("study", choices=STUDIES)
@@ -186,7 +203,7 @@ def main():
         evaluation.write_rows(rows, path)
     draw(path, env_factory(args)())
     if own.picture:
-        picture(path, env_factory(args)(), own.picture)
+        (picture_of_amounts if own.study == "amount" else picture)(path, env_factory(args)(), own.picture)
 
 
 if __name__ == "__main__":
