@@ -15,7 +15,7 @@ import envs
 import negatives
 
 TYPES = list(envs.household()["sentences"])
-engine = envs.beside("alfworld/real_engine.py")
+built_in, engine = envs.beside("alfworld/engine.py"), envs.beside("alfworld/real_engine.py")
 
 
 def maker(name):
@@ -303,7 +303,7 @@ def test_parity_with_the_real_engine(games):
     TextWorld prints them in the order of a set, which changes with PYTHONHASHSEED."""
     won = 0
     for number, (path, task) in enumerate(games.items()):
-        house, real = envs.House(task), engine.TextWorldGame({"game": path})
+        house, real = built_in.House(task), engine.House({"game": path})
         assert house.reset() == real.reset()
         source = command_sequence(house, random.Random(number))
         for _ in range(30):
@@ -321,7 +321,7 @@ def test_parity_of_treatments(games):
     """Random play rarely treats one thing twice; here all is done to one object, and examined after each step."""
     treatable = ("tomato", "apple", "potato", "egg")
     path, task = next(item for item in games.items() if "heat" in item[1]["type"] and item[1]["object"] in treatable)
-    house, real = envs.House(task), engine.TextWorldGame({"game": path})
+    house, real = built_in.House(task), engine.House({"game": path})
     house.reset(), real.reset()
     thing, place = next(item for item in task["objects"].items() if envs.kind(item[0]) == task["object"])
     script = [f"go to {place}", f"open {place}", f"take {thing} from {place}", f"examine {thing}"]

@@ -15,6 +15,7 @@ import eval as evaluation
 from envs import UserError
 from reflect_rl import Step
 
+viewer = envs.beside("viewer.py")
 HOSTILE = "</script><script>alert(1)</script> <!-- <script> \u2028 \ud800 \u00e9"
 
 
@@ -39,7 +40,7 @@ class Elements(html.parser.HTMLParser):
 
 def page_of(rows, path):
     """The page of some rows as text, and the JSON in it."""
-    evaluation.write_html(rows, {"env": "taxi", "split": "test"}, path)
+    viewer.write_html(rows, {"env": "taxi", "split": "test"}, evaluation.PANEL_SEED, path)
     text = path.read_text(encoding="utf-8")
     return text, json.loads(Elements(text).scripts[0])
 

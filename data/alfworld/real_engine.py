@@ -11,8 +11,9 @@ import pathlib
 import re
 import sys
 
-from envs import THING, Notes, UserError, household, listing
+from envs import THING, Notes, UserError, beside, household
 
+engine = beside("alfworld/engine.py")
 ALFWORLD_PIN = "alfworld==0.4.2 textworld==1.7.0"
 
 
@@ -98,8 +99,8 @@ def goal_beside(file):
     return {"type": data["task_type"], "object": params["object_target"].lower(), "target": target.lower()}
 
 
-class TextWorldGame:
-    """The real engine behind the interface of `House`: one game file, played by TextWorld."""
+class House:
+    """One game file, played by TextWorld, behind the interface of the built-in engine."""
 
     def __init__(self, task):
         self.task, file = task, str(task["game"])
@@ -135,4 +136,4 @@ class TextWorldGame:
 def sort_lists(observation):
     """An observation of the real engine with its enumerations in our order: theirs changes with PYTHONHASHSEED."""
     several = rf"a {THING}(?:,(?: and)? a {THING})+"
-    return re.sub(several, lambda match: listing(re.findall(rf"a ({THING})", match[0])), observation)
+    return re.sub(several, lambda match: engine.listing(re.findall(rf"a ({THING})", match[0])), observation)
