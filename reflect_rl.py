@@ -14,7 +14,8 @@ label of an action. Nothing is trained here: `sft.py` and `rl.py` train.
 Deviations: the paper's players are two copies of one pretrained LM, ours share one frozen copy. The paper numbers its
 actions; we use letters, or words of the actions.
 
-    python reflect_rl.py --env taxi        # play one episode; show every state, reflection and probability
+    python reflect_rl.py --env taxi             # play one episode; show every state, reflection and probability
+    python reflect_rl.py --env taxi --watch     # the same, animated
 """
 
 import argparse
@@ -31,6 +32,8 @@ import os
 import random
 import re
 import string
+import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -52,6 +55,7 @@ from envs import UserError, key_and_value
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 NANO = Path(__file__).parent / "models" / "nano"
+WATCH_PAUSE = 1.0  # seconds a step
 
 # ---------------------------------------------------------------------------------------------------------
 # Prompts: one builder for SFT, RL and evaluation
@@ -865,19 +869,44 @@ def play(actor, make_env, tasks, options=None, seed=0, numbers=None, greedy=Fals
     return episodes
 
 
-def show(episode):
-    """An episode as text: each state, reflection, menu with probabilities, the action taken (>), the reward."""
-    lines = []
-    for step in episode.steps:
-        lines.append(step.state)
-        if step.reflection is not None:
-            lines += ["# Analyze:", step.reflection]
-        for i, (action, log_prob) in enumerate(zip(step.actions, step.log_probs, strict=True)):
-            lines.append(f"  {'>' if i == step.action else ' '} {math.exp(log_prob):6.1%}  {action}")
-        lines.append(f"reward {step.reward:+.2f}\n")
-    # The environment's own verdict, never one made from the return.
+def show_step(step, width=0):
+    """A step as text: state, reflection, menu with probabilities, the action taken (>), the reward.
+
+    With a `width` each probability is a bar as well.
+    """
+    lines = [step.state]
+    if step.reflection is not None:
+        lines += ["# Analyze:", step.reflection]
+    for i, (action, log_prob) in enumerate(zip(step.actions, step.log_probs, strict=True)):
+        p, mark = math.exp(log_prob), ">" if i == step.action else " "
+        bar = f"{'█' * round(width * p):{width}}  " if width else ""
+        lines.append(f"  {mark} {p:6.1%}  {bar}{action}")
+    return "\n".join([*lines, f"reward {step.reward:+.2f}\n"])
+
+
+def outcome(episode):
+    """How an episode ended: the environment's own verdict, never one made from the return."""
     word = "success" if episode.success else "failure" if episode.terminated else "out of time"
-    return "\n".join([*lines, f"{word} after {len(episode.steps)} steps, return {episode.total:+.2f}"])
+    return f"{word} after {len(episode.steps)} steps, return {episode.total:+.2f}"
+
+
+def show(episode):
+    """An episode as text: each step, and how it ended."""
+    return "\n".join([*map(show_step, episode.steps), outcome(episode)])
+
+
+def watch(episode):
+    """Print an episode step by step, on a terminal each in the place of the one before; the last state ends it."""
+    frames = [show_step(step, width=30) for step in episode.steps]
+    frames.append(f"{episode.state}\n\n{outcome(episode)}")
+    if not sys.stdout.isatty():
+        return print("\n".join(frames))
+    try:
+        for frame in frames:
+            print(f"\x1b[?25l\x1b[H\x1b[J{frame}", flush=True)  # hide the cursor, go to the top left, clear the screen
+            time.sleep(WATCH_PAUSE)
+    finally:
+        print("\x1b[?25h", end="", flush=True)  # the cursor again, also after Ctrl-C
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1220,16 +1249,21 @@ def merge(args, name, folder, out):
 def main():
     parser = argparse.ArgumentParser(description="Play one episode and show every step.")
     own = {
-        "run": ("", "run folder whose adapters play, the newest of the environment if none is given"),
+        "run": ("", "run folder whose adapters play, the newest of the environment (or the shipped) if none is given"),
         "split": ("test", "split of the task"),
         "task": (0, "index of the task in the split", 0),
         "greedy": (False, "take the most probable action instead of a sample"),
+        "watch": (False, "animate the episode in the terminal, a step a second"),
         "merge": ("", "do not play: write both players as plain models to MERGE/reflect and MERGE/policy"),
     }
     add_options(parser, COMMON, own)
     args = parse_args(parser)
-    # The newest run of the environment that holds a policy, if none is named.
+    # If none is named: the newest run of the environment that holds a policy, else the shipped players, else nobody.
     able = [folder for folder in runs_of(args) if (folder / "policy" / "adapter_config.json").is_file()]
+    shipped, on_nano = NANO / "adapters" / args.env, args.base in ("nano", os.path.abspath(NANO))
+    if not args.run and not able and on_nano and shipped.is_dir():
+        print(f"no run of {args.env} in {args.runs}: the shipped players play until python rl.py has trained yours\n")
+        able = [shipped]
     if not args.run and not able:
         raise UserError(f"no run of {args.env} in {args.runs} can play: make one with python rl.py --env {args.env}")
     folder = args.run or able[-1]
@@ -1245,7 +1279,10 @@ def main():
         raise UserError(f"--task {args.task}: the {args.split} split has {len(tasks)} tasks")
     players = load_players(args, adapters_of(folder))
     [episode] = play(players, env_factory(args), [tasks[args.task]], seed=args.seed, greedy=args.greedy)
-    print(show(episode))
+    if args.watch:
+        watch(episode)
+    else:
+        print(show(episode))
 
 
 if __name__ == "__main__":
