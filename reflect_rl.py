@@ -1250,7 +1250,7 @@ def main():
     parser = argparse.ArgumentParser(description="Play one episode and show every step.")
     own = {
         "run": ("", "run folder whose adapters play, the newest of the environment (or the shipped) if none is given"),
-        "split": ("test", "split of the task"),
+        "split": ("", "split of the task, the first that rl.py evaluates if none is given"),
         "task": (0, "index of the task in the split", 0),
         "greedy": (False, "take the most probable action instead of a sample"),
         "watch": (False, "animate the episode in the terminal, a step a second"),
@@ -1274,9 +1274,11 @@ def main():
         for name, adapter in adapters_of(folder).items():
             merge(args, name, adapter, Path(args.merge) / name)
         return
-    tasks = env_factory(args)().tasks(args.split)
+    env = env_factory(args)()
+    split = args.split or env.panels[0]
+    tasks = env.tasks(split)
     if args.task >= len(tasks):
-        raise UserError(f"--task {args.task}: the {args.split} split has {len(tasks)} tasks")
+        raise UserError(f"--task {args.task}: the {split} split has {len(tasks)} tasks")
     players = load_players(args, adapters_of(folder))
     [episode] = play(players, env_factory(args), [tasks[args.task]], seed=args.seed, greedy=args.greedy)
     if args.watch:
