@@ -35,7 +35,9 @@ OPTIONS = {
     "split": ("test", "split of the panel"),
     "repeats": (3, "sampled episodes per start", 1),
     "run": ("", "evaluate this run only"),
-    "untuned": (False, "also play the base LM without adapters"),
+    "untuned": (False, "also play the base LM without adapters; a chat model through its tokenizer's template"),
+    "player": ("", "also play: openai, a chat model behind an endpoint, without and with reflection", ("openai",)),
+    "player_model": ("", "its name at the endpoint"),
     "json": ("", "write the rows to this file as well, a line of JSON each"),
     "html": ("", "write the episodes to this page, to look at in a browser"),
     "plot": ("", "draw the learning curves to this file instead"),
@@ -131,13 +133,17 @@ def expert_actor(episodes, known):
     return steps
 
 
-def evaluate(actor, make_env, split="test", repeats=3, greedy=False, known=None):
-    """Play the panel of a split; the episodes. `known`: see `reflect_rl.play`."""
-    tasks = make_env().tasks(split)
-    if len(tasks) > PANEL:
-        tasks = random.Random(0).sample(tasks, PANEL)
+def panel_tasks(env, split):
+    """The tasks of a split that are played."""
+    tasks = env.tasks(split)
     if not tasks:
         raise UserError(f"the {split} split has no tasks")
+    return random.Random(0).sample(tasks, PANEL) if len(tasks) > PANEL else tasks
+
+
+def evaluate(actor, make_env, split="test", repeats=3, greedy=False, known=None):
+    """Play the panel of a split; the episodes. `known`: see `reflect_rl.play`."""
+    tasks = panel_tasks(make_env(), split)
     return play(actor, make_env, tasks * (1 if greedy else repeats), seed=PANEL_SEED, greedy=greedy, known=known)
 
 
@@ -145,9 +151,9 @@ def evaluate(actor, make_env, split="test", repeats=3, greedy=False, known=None)
 # Rows: who played, and what
 
 
-def row(name, make_actor, args, folder=None, adapters=()):
+def row(name, make_actor, args, folder=None, adapters=(), greedy=True):
     """A line of the table: sampled and greedy episodes of one actor. With a `folder` they are kept there, or read again
-    where the same players have played the same panel."""
+    where the same players have played the same panel. `greedy=False`: the actor has no most probable action."""
     make_env, panel, known = env_factory(args), panel_of(args, adapters), {}
     played, actor = {"sampled": [], "greedy": []}, None
     for kind in played:
@@ -155,8 +161,8 @@ def row(name, make_actor, args, folder=None, adapters=()):
         episodes = read_episodes(path) if path else None
         if episodes is None:
             actor = actor or make_actor()
-            if kind == "greedy" and actor is random_actor:
-                episodes = []  # it has no most probable action
+            if kind == "greedy" and not greedy:
+                episodes = []
             else:
                 episodes = evaluate(actor, make_env, args.split, args.repeats, kind == "greedy", known)
             if path:
@@ -194,7 +200,7 @@ def read_episodes(path):
 
 def baseline_rows(args):
     """Random play and, where the environment has one, its expert."""
-    rows = [row("random", lambda: random_actor, args)]
+    rows = [row("random", lambda: random_actor, args, greedy=False)]
     if type(env_factory(args)()).expert_action is not envs.Env.expert_action:
         rows.append(row("expert", lambda: expert_actor, args))
     return rows
@@ -405,7 +411,8 @@ def draw_curves(curves, path, stages=(), labels=EPISODES, scale="linear"):
 
 def main():
     parser = argparse.ArgumentParser(description="Success rates, tables, curves.")
-    add_options(parser, COMMON, OPTIONS)
+    endpoint = envs.beside("../models/endpoint.py")
+    add_options(parser, COMMON, OPTIONS, endpoint.OPTIONS)
     args = parse_args(parser)
     if args.plot:
         return plot(args)
@@ -415,7 +422,12 @@ def main():
     rows = [] if args.run else baseline_rows(args)
     as_run = as_trained(args, args.run) if args.run else args
     if args.untuned:
-        rows.append(row("untuned base", lambda: load_players(as_run, {}), as_run))
+        rows.append(row("untuned base", lambda: endpoint.through_template(load_players(as_run, {})), as_run))
+    if args.player:
+        env = env_factory(as_run)()
+        rows += endpoint.player_rows(as_run, env, panel_tasks(env, args.split), row)
+        if args.dry_run:
+            return
     for folder in [args.run] if args.run else runs_of(args):
         try:
             # One table, one panel: a run on other tasks or with another horizon is not compared unasked.

@@ -6,6 +6,7 @@ mistake, the policy to correct it: the label is always the EXPERT's action, neve
 
 Deviation: the paper's teacher is GPT-4; ours are rules, one function an environment, so that the data is free,
 reproducible and right. An environment of your own brings its teacher as a method `reflection(mistake)`.
+`--teacher openai` asks a chat model for the words instead (models/endpoint.py).
 
     python negatives.py --env taxi         # write a data set and show a trajectory with a mistake
 """
@@ -288,8 +289,10 @@ def perturbation(env, options, seed, history, candidates, rng):
     return action
 
 
-def trajectory(env, options, number, negative, seed):
+def trajectory(env, options, number, negative, seed, teacher=True):
     """One expert trajectory as `Record`s; None if the expert does not reach the goal.
+
+    Without a teacher the last action stands for the reflection: what another one needs to know (models/endpoint.py).
 
     A negative one has a mistake at a random step, and about two more anywhere: also after a mistake, also at the goal.
     With a single mistake each, the reflector learned to call nothing a mistake. A few trajectories of AutoExplore have
@@ -300,24 +303,26 @@ def trajectory(env, options, number, negative, seed):
         return None
     rng = random.Random(seed)
     certain, share = rng.randrange(length), min(0.4, EXTRA_MISTAKES / length)  # one step, and a share of all
-    history, records, mistake, over = [], [], False, False
+    history, records, mistake, over, last = [], [], False, False, ""
     state, info = env.reset(seed=seed, options=options)
     while not over:
         actions = tuple(info["actions"])  # a copy: an environment may change its list in the next step
         action = int(env.expert_action())
         # The label is the expert's action, whatever is done next.
-        records.append(Record(number, negative, mistake, state, reflection_of(env, mistake), actions, action))
+        words = reflection_of(env, mistake) if teacher else last
+        records.append(Record(number, negative, mistake, state, words, actions, action))
         detour = None
         if negative and (len(history) == certain or rng.random() < share):
             detour = perturbation(env, options, seed, history, list(range(len(actions))), rng)
         mistake = detour is not None
         history.append(detour if mistake else action)
+        last = actions[history[-1]]
         state, _, terminated, truncated, info = env.step(history[-1])
         over = terminated or truncated
     return records
 
 
-def make_records(make_env, trajectories, negatives, seed, split="train"):
+def make_records(make_env, trajectories, negatives, seed, split="train", teacher=True):
     """`trajectories` expert trajectories on random tasks of a split, a share `negatives` of them perturbed.
 
     Returns `(records, failed)`: a task on which the expert fails is drawn again, and counted.
@@ -333,7 +338,7 @@ def make_records(make_env, trajectories, negatives, seed, split="train"):
     for number in range(trajectories):
         for _ in range(MOST_FAILURES):
             options = {**env.training, "task": rng.choice(tasks)}
-            steps = trajectory(env, options, number, number < perturbed, rng.getrandbits(32))
+            steps = trajectory(env, options, number, number < perturbed, rng.getrandbits(32), teacher)
             if steps is not None:
                 break
             failed += 1
@@ -396,10 +401,21 @@ def teacher_data(folder, make_env, args):
 
 def main():
     parser = argparse.ArgumentParser(description="Write a teacher data set and show it.", allow_abbrev=False)
-    own = {"split": ("train", "split of the tasks"), "out": ("", "JSONL file to write; RUNS/ENV-data.jsonl if empty")}
-    add_options(parser, COMMON, OPTIONS, own)
+    own = {
+        "split": ("train", "split of the tasks"),
+        "out": ("", "JSONL file to write; RUNS/ENV-data.jsonl if empty"),
+        "teacher": ("rules", "who writes the reflections; openai: a model behind an endpoint", ("rules", "openai")),
+        "teacher_model": ("", "its name at the endpoint"),
+    }
+    endpoint = envs.beside("../models/endpoint.py")
+    add_options(parser, COMMON, OPTIONS, own, endpoint.OPTIONS)
     args = parse_args(parser)
-    records, failed = make_records(env_factory(args), args.trajectories, args.negatives, args.seed, args.split)
+    make_env, rules = env_factory(args), args.teacher == "rules"
+    records, failed = make_records(make_env, args.trajectories, args.negatives, args.seed, args.split, rules)
+    if not rules:
+        records = endpoint.teach(records, make_env(), endpoint.Chat(args.teacher_model, args))
+        if args.dry_run:
+            return
     out = args.out or f"{args.runs}/{short_name(args.env)}-data.jsonl"
     write_records(records, out)
     mistakes = 0

@@ -56,6 +56,7 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 NANO = Path(__file__).parent / "models" / "nano"
 WATCH_PAUSE = 1.0  # seconds a step
+MANY_STRANGE = 0.2  # share of words that is worth a line
 
 # ---------------------------------------------------------------------------------------------------------
 # Prompts: one builder for SFT, RL and evaluation
@@ -482,6 +483,31 @@ def check_base(model, tokenizer, path):
         raise UserError(f"{path} cannot read a text alone: {one_line(str(error) or repr(error))[:300]}") from None
     if not torch.allclose(one, other, atol=1e-3 * one.abs().max().item()):
         raise UserError(f"{path} is not causal: its logits depend on later tokens")
+
+
+def words_of(text):
+    return set(re.findall(r"[^\W\d_]+", text))
+
+
+def say_strange_words(env, base):
+    """Print a line where many words of an environment's states are none that its base has met.
+
+    Those that it has met are in words.txt beside it, where its maker wrote one (models/nano/make.py).
+    """
+    path, words, rng = Path(NANO if base == "nano" else base) / "words.txt", set(), random.Random(0)
+    if not path.is_file():
+        return
+    for task in env.tasks("train")[:40]:
+        state, info = env.reset(seed=0, options={**env.training, "task": task})
+        words |= words_of(state)
+        over = False
+        while not over:  # random play
+            state, _, terminated, truncated, info = env.step(rng.randrange(len(info["actions"])))
+            words, over = words | words_of(state), terminated or truncated
+    share = len(words - set(path.read_text(encoding="utf-8").split())) / max(1, len(words))
+    if share > MANY_STRANGE:
+        print(f"note: {share:.0%} of the different words in {type(env).__name__}'s states hardly ever occurred in what "
+              f"the base {base} was trained on: if it learns little, --base takes any Hugging Face model")
 
 
 def recompute(model):

@@ -44,7 +44,7 @@ from envs import UserError
 from reflect_rl import (
     COMMON, Episode, Run, Step, adapter_parameters, add_adapter, add_options, budget_of, check_settings, env_factory,
     gather, joined_processes, load_adapter, load_players, parse_args, play, rank, save_adapter,
-    say_memory, short_name, show, sum_gradients, world, write_budget,
+    say_memory, say_strange_words, short_name, show, sum_gradients, world, write_budget,
 )
 
 ALGORITHMS = {  # group: episodes of one task in a batch; epochs x minibatches: gradient steps on it
@@ -523,7 +523,9 @@ def pipeline(args, splits):
     if args.sft:
         stages.append("policy" if args.reflection else "plain")
     if not stages and args.env not in envs.ENVS:  # else SFT checks it
-        envs.check(env_factory(args)())
+        env = env_factory(args)()
+        envs.check(env)
+        say_strange_words(env, args.base)
     if stages and os.environ.get("RANK", "0") == "0":  # under torchrun the others wait in joined_processes
         sft.run(args, stages)
     with joined_processes(args):  # after SFT, which is the first process's work alone

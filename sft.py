@@ -30,7 +30,7 @@ from envs import UserError
 from reflect_rl import (
     COMMON, Run, adapter_parameters, add_adapter, add_options, encode_all, env_factory,
     forward, load_players, parse_args, reflector_prompt, right_pad, save_adapter, say_memory,
-    settings_of, short_name, use_adapter, write_budget,
+    say_strange_words, settings_of, short_name, use_adapter, write_budget,
 )
 
 DATA_OPTIONS = negatives.OPTIONS | {
@@ -292,6 +292,7 @@ def run(args, stages):
     env = make_env()
     if args.env not in envs.ENVS:
         envs.check(env)
+        say_strange_words(env, args.base)
     players = load_players(args, {})
     for stage in todo:
         torch.manual_seed(args.seed)

@@ -386,6 +386,7 @@ def test_a_base_is_made_from_nothing_and_resumed(tmp_path, monkeypatch, capsys, 
     model, tokenizer = reflect_rl.load_base(tmp_path / "whole")
     assert len(tokenizer) == model.config.vocab_size == 400
     assert 0 < float(out.split("held-out loss ")[1].split()[0]) < math.log(400) + 1
+    assert "taxi" in (tmp_path / "whole" / "words.txt").read_text().split()
     assert "The taxi is at row" in out, "what the LM can read is not reported"
     batch_at = make.batch_at
 
@@ -421,6 +422,17 @@ def test_the_shipped_base_is_examined(monkeypatch, capsys, quick):
     monkeypatch.setattr(sys, "argv", ["make.py", "--examine", "--device", "cpu", "--corpus-envs", "taxi"])
     make.main()
     assert re.search(r"The taxi is at row +100.0% of 2", capsys.readouterr().out)
+
+
+def test_many_words_that_the_base_never_met_are_named(tmp_path, capsys):
+    """Catches a line for environments whose words it knows, none where it does not, and one about a base of which
+    nobody knows what it has read."""
+    for name in ("taxi", "alfworld", "corridor:Corridor"):
+        reflect_rl.say_strange_words(envs.make(name), "nano")
+    reflect_rl.say_strange_words(envs.make("examples.key_door:KeyDoor"), tmp_path)
+    assert capsys.readouterr().out == ""
+    reflect_rl.say_strange_words(envs.make("examples.key_door:KeyDoor"), "nano")
+    assert "note: 42% of the different words in KeyDoor's states" in capsys.readouterr().out
 
 
 def test_the_card_and_the_guards_are_there():

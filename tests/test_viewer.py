@@ -173,5 +173,6 @@ def test_the_script_writes_it(tmp_path, monkeypatch):
     run_script(evaluation, *where, "--html", tmp_path / "page.html", monkeypatch=monkeypatch)
     found = json.loads(Elements((tmp_path / "page.html").read_text()).scripts[0])
     assert [(run["name"], len(run["episodes"])) for run in found["runs"]] == [("random", 10), ("expert", 10)]
-    settings = json.loads(json.dumps(vars(resolved(*where, tables=(evaluation.OPTIONS,))), default=str))
+    tables = (evaluation.OPTIONS, envs.beside("../models/endpoint.py").OPTIONS)
+    settings = json.loads(json.dumps(vars(resolved(*where, tables=tables)), default=str))
     assert found["settings"] == settings | {"html": str(tmp_path / "page.html")}

@@ -2,7 +2,7 @@
 
 Tasks come from *reverse question generation*, the paper's idea: take a file, write a question that it answers and no
 other does. Deviation: rules write the questions here, from the headings, sentences, keys and definitions that `cat`
-shows of the file.
+shows of the file. (A model behind an endpoint can write them too, as in the paper; the same checks decide.)
 
 Twelve repositories in repos/ were written by hand. Generated ones are made of the words in themes.json; reworded ones
 are those of repos/ in other words. Training has many that come up only once, because words that are met again and
@@ -12,6 +12,7 @@ of repos/ and ten generated ones that training never shows.
 
     python data/autoexplore/prepare.py                               # write repos.json.gz; --check compares with it
     python data/autoexplore/prepare.py --repos DIR --out FILE.json   # such a file of a directory of yours
+    python data/autoexplore/prepare.py --repos DIR --out FILE.json --teacher openai --teacher-model NAME
 """
 
 import argparse
@@ -35,6 +36,7 @@ if str(HERE.parent.parent) not in sys.path:
 import envs  # noqa: E402
 from envs import UserError, files_of, pages_of  # noqa: E402
 from negatives import STOP, stem, stems_of, words_of  # noqa: E402
+from reflect_rl import add_options  # noqa: E402
 
 SHIPPED = HERE / "repos.json.gz"
 HEAD_BYTES = 16 * 1024  # of a file, what is read
@@ -362,23 +364,33 @@ def page_numbers(tree, path=()):
     return numbers
 
 
-def tasks_of_tree(tree, repo, kind, rng, per_file, most=400, hint=0.9):
-    """Tasks whose questions one file of the tree answers, at most `per_file` each.
-
-    A question is refused when another file answers it too, or when it quotes the file's name. A directory on the way
-    whose name the question does not touch is mentioned in it with probability `hint`.
-    """
-    texts, shown, pages = {}, dict(files_of(shown_tree(tree))), page_numbers(tree)
+def index_of(tree):
+    """`{path: whole text}`, `{path: what cat shows}` and `{stem: the files that have it}` of a tree."""
+    texts, shown = {}, dict(files_of(shown_tree(tree)))
     for path, text in files_of(tree):
         texts[path] = unwrapped(text, "(?!#)") if suffix_of(path[-1]) in PROSE else text
     holders = collections.defaultdict(set)  # stem -> the files that have it
     for path, text in texts.items():
         for word in stems_of(" ".join([text, *path[:-1]])):
             holders[word].add(path)
-    tasks = []
+    return texts, shown, holders
+
+
+def way_to(path, pages):
+    """Actions to an answer: down and down, reading, identifying, and turning pages on the way."""
+    return len(path) + 1 + sum(pages[path[:i]] for i in range(1, len(path) + 1))
+
+
+def tasks_of_tree(tree, repo, kind, rng, per_file, most=400, hint=0.9):
+    """Tasks whose questions one file of the tree answers, at most `per_file` each.
+
+    A question is refused when another file answers it too, or when it quotes the file's name. A directory on the way
+    whose name the question does not touch is mentioned in it with probability `hint`.
+    """
+    texts, shown, holders = index_of(tree)
+    pages, tasks = page_numbers(tree), []
     for path in rng.sample(sorted(texts), len(texts)):
-        # down and down, reading, identifying, and turning pages on the way
-        way = len(path) + 1 + sum(pages[path[:i]] for i in range(1, len(path) + 1))
+        way = way_to(path, pages)
         facts = list(dict.fromkeys(facts_of(path[-1], shown[path]))) if way <= LONGEST_WAY else []  # none twice
         rng.shuffle(facts)
         unique = (fact for fact in facts if is_unique(fact[2], path, holders, texts, shown))
@@ -401,13 +413,57 @@ def split_repositories(names):
     return {"test": names[:tests], "valid": names[tests : tests + valids], "train": names[tests + valids :]}
 
 
-def ask(splits, trees, kind, per_file):
-    """`{split: tasks}`; the questions of train repositories are split again into `train`, `valid_seen`, `test_seen`."""
+def refusal(pair, path, texts, shown, holders):
+    """Why a model's question about a file, `(question, answer)`, is not kept; "" where it is.
+
+    Its words that the file and its path have must belong to this file alone, as those of a rule's question.
+    """
+    if pair is None:
+        return "not in the form that was asked for"
+    question, answer = (" ".join(text.split()) for text in pair)
+    spoken = [" ".join(re.findall(r"\w+", text.lower())) for text in (answer, shown[path])]
+    if f" {spoken[0]} " not in f" {spoken[1]} " or spoken[0] in ("", "yes", "no"):  # a yes answers anything
+        return "the answer is not in the file"
+    if quotes_name(question, path[-1]):
+        return "the name of the file is given away"
+    known = stems_of(" ".join([texts[path], *path[:-1]]))
+    phrase = " ".join(word for word in dict.fromkeys(words_of(question)) if stem(word) in known)
+    return "" if is_unique(phrase, path, holders, texts, shown) else "its words do not tell one file"
+
+
+def tasks_by_teacher(trees, kind, chat):
+    """`{repository: tasks}` with a model's questions, one a file, those that pass `refusal`; None with `--dry-run`."""
+    files, indices, refused = {}, {name: index_of(tree) for name, tree in trees.items()}, collections.Counter()
+    for name, (_, shown, _) in indices.items():
+        pages = page_numbers(trees[name])
+        for path, text in shown.items():
+            if way_to(path, pages) <= LONGEST_WAY and not text.startswith(NOTES) and not BOILERPLATE.search(text):
+                files[name, path] = text
+    pairs, tasks = envs.beside("../models/endpoint.py").questions(files, chat), {name: [] for name in trees}
+    if pairs is None:
+        return None
+    for (name, path), pair in pairs.items():
+        reason = refusal(pair, path, *indices[name])
+        refused[reason] += 1
+        if not reason:
+            task = {"question": pair[0], "targets": ["/".join(path)], "repo": name}
+            tasks[name].append({**task, "depth": len(path) - 1, "kind": kind})
+    print(f"{len(files)} files, {refused.pop('', 0)} questions kept")
+    for reason, n in refused.most_common():
+        print(f"  {n} refused: {reason}")
+    return tasks
+
+
+def ask(splits, trees, kind, per_file, written=None):
+    """`{split: tasks}`; the questions of train repositories are split again into `train`, `valid_seen`, `test_seen`.
+
+    `written`: `{repository: tasks}` of a teacher, in place of the rules'.
+    """
     tasks = {"train": [], "valid": [], "test": [], "valid_seen": [], "test_seen": []}
     for split, names in splits.items():
         for name in names:
             rng = random.Random(name)
-            found = tasks_of_tree(trees[name], name, kind, rng, per_file)
+            found = written[name] if written else tasks_of_tree(trees[name], name, kind, rng, per_file)
             if split != "train":
                 tasks[split] += found
                 continue
@@ -424,9 +480,10 @@ def ask(splits, trees, kind, per_file):
 
 
 @functools.cache
-def read(path, test_only=False):
+def read(path, test_only=False, chat=None):
     """`{"repos": {name: tree}, "tasks": {split: tasks}}` of a directory: of its subdirectories, if it has nothing
-    else, or of itself. Of a file: what is in it, checked. `test_only`: no repository is for training."""
+    else, or of itself. Of a file: what is in it, checked. `test_only`: no repository is for training. `chat`: a model
+    that writes the questions (models/endpoint.py); with `--dry-run` it writes none, and the result is None."""
     if not os.path.isdir(path):
         return read_file(path)
     trees = read_directory(path)
@@ -434,9 +491,13 @@ def read(path, test_only=False):
     if not inside or len(inside) < len(trees):
         trees = {show_name(os.path.basename(os.path.abspath(path)) or "root"): trees}
     splits = {"test": sorted(trees)} if test_only else split_repositories(trees)
-    tasks = ask(splits, trees, "your own", PER_FILE)
+    written = tasks_by_teacher(trees, "your own", chat) if chat else None
+    if chat and chat.dry_run:
+        return None
+    tasks = ask(splits, trees, "your own", PER_FILE, written)
     if not tasks["test" if test_only else "train"]:
-        raise UserError(f"no question could be made from the files of {path!r}: too few text files")
+        why = "none of the model's passed" if chat else "too few text files"
+        raise UserError(f"no question could be made from the files of {path!r}: {why}")
     for split in ("valid", "test"):  # too few repositories to keep one apart: unseen questions must do
         tasks[split] = tasks[split] or tasks[f"{split}_seen"]
         del tasks[f"{split}_seen"]
@@ -706,6 +767,11 @@ def main():
     parser.add_argument("--repos", metavar="DIR", help="ask about this directory instead; needs --out")
     parser.add_argument("--test-only", action="store_true", help="with --repos: all are for testing, none for training")
     parser.add_argument("--out", metavar="FILE", help="file to write, .json or .json.gz (default: repos.json.gz here)")
+    parser.add_argument("--teacher", choices=["rules", "openai"], default="rules",
+                        help="who writes the questions about --repos; openai: a model behind an endpoint")
+    parser.add_argument("--teacher-model", metavar="NAME", default="", help="its name at the endpoint")
+    endpoint = envs.beside("../models/endpoint.py")
+    add_options(parser, endpoint.OPTIONS)
     args = parser.parse_args()
     if args.check:
         if read_file(str(SHIPPED)) != make():
@@ -713,8 +779,15 @@ def main():
         print(f"{SHIPPED} is what prepare.py makes")
     elif (args.repos and not args.out) or (args.test_only and not args.repos):
         parser.error("--repos needs --out FILE, --test-only needs both")
+    elif args.teacher == "openai" and not args.repos:
+        parser.error("--teacher openai asks about --repos DIR")
+    elif args.repos:
+        chat = endpoint.Chat(args.teacher_model, args) if args.teacher == "openai" else None
+        data = read(args.repos, args.test_only, chat)
+        if data:
+            write(data, args.out)
     else:
-        write(read(args.repos, args.test_only) if args.repos else make(), args.out or SHIPPED)
+        write(make(), args.out or SHIPPED)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ one. The shipped weights come from several sittings with an earlier corpus: this
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -44,6 +45,7 @@ from reflect_rl import (  # noqa: E402
     encode,
     load_base,
     policy_prompt,
+    words_of,
     write,
 )
 from sft import collate, loss_of  # noqa: E402
@@ -68,6 +70,7 @@ FACTS_HEADER = "# Facts:\n"
 WARM_UP = 50  # updates in which the learning rate rises
 MUON_TO_ADAMW = 0.3  # learning rate of AdamW's parameters, as a share of Muon's
 MICRO_BATCH = 4  # texts in a forward pass
+WORDS_OF = 500  # documents whose words are written down
 SAVE_EVERY = 200  # updates between checkpoints
 
 # ---------------------------------------------------------------------------------------------------------
@@ -354,6 +357,14 @@ def corpus(labels, seed, numbers):
     return documents
 
 
+def met_words(labels, seed):
+    """The words that come up in two of the first documents or more, one a line: reflect_rl.say_strange_words."""
+    counts = collections.Counter()
+    for text in corpus(labels, seed, range(WORDS_OF)):
+        counts.update(words_of(text))
+    return "".join(f"{word}\n" for word in sorted(counts) if counts[word] > 1)
+
+
 def labels_of(names, tokenizer):
     return {name: Labels(tokenizer, envs.env_class(name).settings.get("labels", "letters")) for name in names}
 
@@ -627,18 +638,22 @@ def train(args):
             held_out = held_out_loss(players, labels, args.seed)
             bar.write(f"update {step + 1:5}: loss {loss:.3f}, held out {held_out:.3f} nats a token")
     model.save_pretrained(out)
+    write(out / "words.txt", met_words(labels, args.seed))
     checkpoint.unlink(missing_ok=True)
     examine(model.eval(), tokenizer, names, args.seed)
 
 
 def check():
-    """Make 60 documents of the corpus again, with the shipped tokenizer; exit 1 if they are not what they were."""
+    """Make a part of the corpus again, with the shipped tokenizer, and its words; exit 1 if they are not what they
+    were."""
     guards = json.loads((ROOT / "tests" / "guards.json").read_text(encoding="utf-8"))
     labels, changed = labels_of(("taxi", "autoexplore", "alfworld"), AutoTokenizer.from_pretrained(NANO)), []
     for guard, seed in (("nano corpus, 60 documents", 0), ("nano corpus, held out, 60 documents", "valid/0")):
         text = json.dumps(corpus(labels, seed, range(60)))
         if hashlib.sha256(text.encode()).hexdigest()[:16] != guards[guard]:
             changed.append(guard)
+    if met_words(labels, 0) != (NANO / "words.txt").read_text(encoding="utf-8"):
+        changed.append("words.txt")
     print(f"changed: {', '.join(changed)}" if changed else "the corpus is what it was")
     sys.exit(bool(changed))
 
