@@ -145,7 +145,7 @@ def shipped(path):
 
 @functools.cache
 def beside(path):
-    """A module that stands beside the data and is needed for what people bring: repositories, real games."""
+    """A module that stands beside the data or the models, and is none of the seven files."""
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, DATA / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

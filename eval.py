@@ -419,15 +419,16 @@ def main():
     for name, path in (("json", args.json), ("html", args.html)):
         if path and not Path(path).resolve().parent.is_dir():  # now, and not when everything was played
             raise UserError(f"--{name} {path}: there is no such folder")
-    rows = [] if args.run else baseline_rows(args)
-    as_run = as_trained(args, args.run) if args.run else args
-    if args.untuned:
-        rows.append(row("untuned base", lambda: endpoint.through_template(load_players(as_run, {})), as_run))
-    if args.player:
+    as_run, played = as_trained(args, args.run) if args.run else args, []
+    if args.player:  # first: what is wrong with an endpoint shows before the others have played
         env = env_factory(as_run)()
-        rows += endpoint.player_rows(as_run, env, panel_tasks(env, args.split), row)
+        played = endpoint.player_rows(as_run, env, panel_tasks(env, args.split), row)
         if args.dry_run:
             return
+    rows = [] if args.run else baseline_rows(args)
+    if args.untuned:
+        rows.append(row("untuned base", lambda: endpoint.through_template(load_players(as_run, {})), as_run))
+    rows += played
     for folder in [args.run] if args.run else runs_of(args):
         try:
             # One table, one panel: a run on other tasks or with another horizon is not compared unasked.

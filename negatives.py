@@ -404,16 +404,17 @@ def main():
     own = {
         "split": ("train", "split of the tasks"),
         "out": ("", "JSONL file to write; RUNS/ENV-data.jsonl if empty"),
-        "teacher": ("rules", "who writes the reflections; openai: a model behind an endpoint", ("rules", "openai")),
+        "teacher": ("rules", "who writes the reflections; openai: a server with OpenAI's API", ("rules", "openai")),
         "teacher_model": ("", "its name at the endpoint"),
     }
     endpoint = envs.beside("../models/endpoint.py")
     add_options(parser, COMMON, OPTIONS, own, endpoint.OPTIONS)
     args = parse_args(parser)
     make_env, rules = env_factory(args), args.teacher == "rules"
+    chat = None if rules else endpoint.Chat(args.teacher_model, args)  # what it lacks shows now
     records, failed = make_records(make_env, args.trajectories, args.negatives, args.seed, args.split, rules)
     if not rules:
-        records = endpoint.teach(records, make_env(), endpoint.Chat(args.teacher_model, args))
+        records = endpoint.teach(records, make_env(), chat)
         if args.dry_run:
             return
     out = args.out or f"{args.runs}/{short_name(args.env)}-data.jsonl"

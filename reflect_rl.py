@@ -485,7 +485,7 @@ def check_base(model, tokenizer, path):
         raise UserError(f"{path} is not causal: its logits depend on later tokens")
 
 
-def words_of(text):
+def different_words(text):
     return set(re.findall(r"[^\W\d_]+", text))
 
 
@@ -499,11 +499,11 @@ def say_strange_words(env, base):
         return
     for task in env.tasks("train")[:40]:
         state, info = env.reset(seed=0, options={**env.training, "task": task})
-        words |= words_of(state)
+        words |= different_words(state)
         over = False
         while not over:  # random play
             state, _, terminated, truncated, info = env.step(rng.randrange(len(info["actions"])))
-            words, over = words | words_of(state), terminated or truncated
+            words, over = words | different_words(state), terminated or truncated
     share = len(words - set(path.read_text(encoding="utf-8").split())) / max(1, len(words))
     if share > MANY_STRANGE:
         print(f"note: {share:.0%} of the different words in {type(env).__name__}'s states hardly ever occurred in what "
@@ -911,20 +911,23 @@ def show_step(step, width=0):
 
 
 def outcome(episode):
-    """How an episode ended: the environment's own verdict, never one made from the return."""
-    word = "success" if episode.success else "failure" if episode.terminated else "out of time"
-    return f"{word} after {len(episode.steps)} steps, return {episode.total:+.2f}"
+    """How an episode ended, in a word: the environment's own verdict, never one made from the return."""
+    return "success" if episode.success else "failure" if episode.terminated else "out of time"
+
+
+def ending(episode):
+    return f"{outcome(episode)} after {len(episode.steps)} steps, return {episode.total:+.2f}"
 
 
 def show(episode):
     """An episode as text: each step, and how it ended."""
-    return "\n".join([*map(show_step, episode.steps), outcome(episode)])
+    return "\n".join([*map(show_step, episode.steps), ending(episode)])
 
 
 def watch(episode):
     """Print an episode step by step, on a terminal each in the place of the one before; the last state ends it."""
     frames = [show_step(step, width=30) for step in episode.steps]
-    frames.append(f"{episode.state}\n\n{outcome(episode)}")
+    frames.append(f"{episode.state}\n\n{ending(episode)}")
     if not sys.stdout.isatty():
         return print("\n".join(frames))
     try:

@@ -519,14 +519,14 @@ def pipeline(args, splits):
     An empty list on other processes than the first.
     """
     resolve(args)
-    stages = ["reflect"] * args.reflection
+    stages, first = ["reflect"] * args.reflection, os.environ.get("RANK", "0") == "0"
     if args.sft:
         stages.append("policy" if args.reflection else "plain")
     if not stages and args.env not in envs.ENVS:  # else SFT checks it
-        env = env_factory(args)()
-        envs.check(env)
-        say_strange_words(env, args.base)
-    if stages and os.environ.get("RANK", "0") == "0":  # under torchrun the others wait in joined_processes
+        envs.check(env_factory(args)())
+        if first:
+            say_strange_words(env_factory(args)(), args.base)
+    if stages and first:  # under torchrun the others wait in joined_processes
         sft.run(args, stages)
     with joined_processes(args):  # after SFT, which is the first process's work alone
         folder, tables = train(args, sft.adapters(args)), []

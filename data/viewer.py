@@ -8,7 +8,7 @@ from pathlib import Path
 import envs
 import negatives
 from envs import UserError
-from reflect_rl import one_line, write
+from reflect_rl import one_line, outcome, write
 
 
 def write_html(rows, settings, seed, path):
@@ -34,9 +34,8 @@ def tell(episode, env, seed, number):
         told = {key: getattr(step, key) for key in ("state", "reflection", "actions", "action", "reward")}
         probs = [round(math.exp(log_prob), 6) for log_prob in step.log_probs]  # JSON has no -inf
         steps.append({**told, "probs": probs, "expert": expert, "teacher": teacher})
-    outcome = "success" if episode.success else "failure" if episode.terminated else "out of time"  # as in `show`
-    return {"number": number, "task": episode.task, "groups": list(env.groups(episode.task)), "outcome": outcome,
-            "return": episode.total, "steps": steps, "end": episode.state}
+    return {"number": number, "task": episode.task, "groups": list(env.groups(episode.task)),
+            "outcome": outcome(episode), "return": episode.total, "steps": steps, "end": episode.state}
 
 
 def teachers_view(episode, env, seed, number):

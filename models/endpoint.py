@@ -10,7 +10,6 @@ where it was and pays nothing twice. Needs `pip install openai`; docs/teacher.md
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -19,6 +18,7 @@ import math
 import os
 import re
 import threading
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -36,6 +36,9 @@ OPTIONS = {
 REQUEST = {"max_tokens": 150, "temperature": 1}
 RETRIES, TIMEOUT = 8, 120  # of the openai package, on 408, 409, 429, 5xx and a lost connection; seconds
 TRIES = 4  # where an answer is empty or no JSON
+MOST_USELESS = 10  # prompts without an answer that can be used, before one with: then something is wrong
+THIS_PROMPT = (400, 413, 422)  # status of a prompt that is refused: too long, filtered
+SECRET = 16  # letters: a shorter key is a word that a server of one's own wants, and may stand in an answer
 SPOILT = 2  # times that a reflection which names the best action is asked for again
 MOST_WORDS = 60  # of a reflection
 
@@ -68,9 +71,11 @@ class Chat:
             raise UserError("an endpoint needs the openai package: pip install openai") from None
         if not self.key and not os.environ.get("OPENAI_BASE_URL"):
             raise UserError("set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own")
-        self.openai = openai
-        # A server of one's own asks for no key, but the package does.
-        self.client = openai.OpenAI(api_key=self.key or "none", max_retries=RETRIES, timeout=TIMEOUT)
+        self.openai, self.trouble = openai, ""
+        try:  # a server of one's own asks for no key, but the package does
+            self.client = openai.OpenAI(api_key=self.key or "none", max_retries=RETRIES, timeout=TIMEOUT)
+        except Exception as error:  # an address that is none
+            raise UserError(f"OPENAI_BASE_URL: {self.without_key(str(error))[:300]}") from None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "ab", buffering=0)  # one write a line: a kill loses what was on its way, no more
         if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
@@ -79,7 +84,7 @@ class Chat:
     def ask(self, messages, draw=0):
         """The answer to some messages: the one that is kept, or a new one; "" where none can be used.
 
-        `draw` numbers samples of one prompt.
+        `draw`: 0, 1, ... for several answers to one prompt.
         """
         asked = json.dumps([self.model, messages, self.request, draw], sort_keys=True)
         key = hashlib.sha256(asked.encode()).hexdigest()
@@ -89,24 +94,31 @@ class Chat:
                 return self.answers[key]
         for _ in range(TRIES):
             answer = self.ask_now(messages)
-            if answer:
+            if answer is None or answer:
                 break
-        else:
-            self.tokens["useless"] += 1
-            return ""
         with self.lock:
-            self.file.write((json.dumps({"key": key, "model": self.model, "answer": answer}) + "\n").encode())
-            self.answers[key] = answer
-        return answer
+            if answer:
+                self.file.write((json.dumps({"key": key, "model": self.model, "answer": answer}) + "\n").encode())
+                self.answers[key] = answer
+                self.tokens["kept"] += 1
+                return answer
+            self.tokens["useless"] += 1
+            if self.tokens["useless"] >= MOST_USELESS and not self.tokens["kept"] + self.tokens["known"]:
+                raise UserError(f"{MOST_USELESS} prompts, and no answer that can be used{self.trouble}: is "
+                                "OPENAI_BASE_URL right, is max_tokens (--request) large enough?")
+        return ""
 
     def ask_now(self, messages):
-        """One request; the answer's text, "" where it is empty or cannot be read."""
+        """One request; the answer's text, "" where it is empty or cannot be read, None where this prompt is refused."""
         try:
-            done = self.client.chat.completions.create(model=self.model, messages=messages, **self.request)
-            text, usage = done.choices[0].message.content or "", done.usage
+            done = self.client.chat.completions.create(model=self.model, messages=messages, extra_body=self.request)
+            text, usage = done.choices[0].message.content, done.usage
         except self.openai.APIStatusError as error:
-            # A server may say the key again, whole or in part, to whom it does not let in.
+            # The error message about a bad key may repeat a part of it.
             why = "the key" if error.status_code in (401, 403) else self.without_key(error.message)[:300]
+            if error.status_code in THIS_PROMPT:
+                self.trouble = f" ({why})"
+                return None
             raise UserError(f"the endpoint refuses, {error.status_code}: {why}") from None
         except self.openai.OpenAIError as error:
             raise UserError(f"no answer from the endpoint: {self.without_key(str(error))[:300]}") from None
@@ -114,27 +126,26 @@ class Chat:
             return ""
         with self.lock:
             self.tokens["answers"] += 1
-            self.tokens["read"] += usage.prompt_tokens if usage else 0
-            self.tokens["written"] += usage.completion_tokens if usage else 0
-        return self.without_key(re.sub(r"(?s)<think>.*?(</think>|$)", "", text)).strip()  # what it thought aloud
+            for name, field in (("read", "prompt_tokens"), ("written", "completion_tokens")):
+                count = getattr(usage, field, 0)
+                self.tokens[name] += count if isinstance(count, int) else 0
+        if not isinstance(text, str):
+            return ""
+        text = re.sub(r"(?s)<think>.*?(</think>|$)", "", text)  # what it thought aloud
+        return (self.without_key(text) if len(self.key) >= SECRET else printable(text)).strip()
 
     def without_key(self, text):
-        return text.replace(self.key, "...") if self.key else text
+        return printable(text.replace(self.key, "...") if self.key else text)
 
     def ask_all(self, prompts, answer):
         """`{prompt: answer(prompt)}` of different prompts (tuples of texts), several at once, with a bar."""
         prompts, answers = list(dict.fromkeys(prompts)), {}
         if self.dry_run:
             return self.tell(prompts, len(prompts))
-        with concurrent.futures.ThreadPoolExecutor(self.parallel) as pool:
-            futures = {pool.submit(answer, *prompt): prompt for prompt in prompts}
-            done = concurrent.futures.as_completed(futures)
-            try:
-                for future in tqdm(done, total=len(futures), desc=self.model, unit="answer", disable=None, leave=False):
-                    answers[futures[future]] = future.result()
-            except BaseException:  # one failed for good, or Ctrl-C: the others need not begin
-                pool.shutdown(cancel_futures=True)
-                raise
+        # Its threads end with the process: after an error or Ctrl-C nobody waits for the answers on their way.
+        with ThreadPool(self.parallel) as pool:
+            each = pool.imap_unordered(lambda prompt: (prompt, answer(*prompt)), prompts)
+            answers.update(tqdm(each, total=len(prompts), desc=self.model, unit="answer", disable=None, leave=False))
         return answers
 
     def tell(self, prompts, calls):
@@ -142,15 +153,21 @@ class Chat:
         for prompt in prompts[:2]:
             print("\n".join(prompt[:2]) + "\n" + "-" * 60)
         letters = sum(len("".join(prompt[:2])) for prompt in prompts) / max(1, len(prompts))
-        print(f"{calls} calls or fewer, where answers are known; about {calls * letters / 4:,.0f} tokens to read, "
-              f"{calls * self.request.get('max_tokens', 0):,} to write at most. Nothing was asked.")
+        most = self.request.get("max_tokens") or self.request.get("max_completion_tokens") or 0
+        print(f"{calls} calls (fewer where answers are known, more where one is asked for again), about "
+              f"{calls * letters / 4:,.0f} tokens to read and {calls * most:,} to write at most. Nothing was asked.")
 
     def say_totals(self):
         t = self.tokens
-        print(f"{self.model}: {t['answers']} answers paid for, {t['known']} known from {self.path}; "
+        print(f"{self.model}: {t['answers']} answers received, {t['known']} known from {self.path}; "
               f"tokens: {t['read']:,} read, {t['written']:,} written")
         if t["useless"]:
-            print(f"  {t['useless']} questions got nothing but empty or broken answers, {TRIES} times each")
+            print(f"  {t['useless']} prompts got no answer that can be used{self.trouble}")
+
+
+def printable(text):
+    """A text from outside without control characters and halves of surrogate pairs."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
 
 
 def read_answers(path):
@@ -192,7 +209,7 @@ def teacher_prompt(env, record, last):
 
 
 def plain(text):
-    return " ".join(word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the"))
+    return " ".join(word for word in re.findall(r"\w+|\.\.", text.lower()) if word not in ("a", "an", "the"))
 
 
 def spoils(reflection, action):
@@ -225,9 +242,11 @@ def teach(records, env, chat):
         while True:
             answer = chat.ask(messages)
             text = shortened(one_line(answer))
-            if not spoils(text, best) or spoilt == SPOILT:
-                return text, spoilt + spoils(text, best)
+            if not spoils(text, best):
+                return text, spoilt
             spoilt += 1
+            if spoilt > SPOILT:
+                return "", spoilt
             again = f'That has the words "{best}". Write the note again without them.'
             messages = [*messages, {"role": "assistant", "content": answer}, user(again)]
 
@@ -238,7 +257,7 @@ def teach(records, env, chat):
     for record, prompt in zip(records, asked, strict=True):
         text, times = written[prompt]
         spoilt += times > 0
-        if text and times <= SPOILT:
+        if text:
             kept.append(dataclasses.replace(record, reflection=text))
     print(f"{spoilt} of {len(records)} reflections named the best action at first; {len(records) - len(kept)} did so "
           f"{SPOILT + 1} times, or stayed empty: their records are left out")
@@ -286,7 +305,7 @@ def named_action(answer, labels, actions):
 
     None where it names none, or several.
     """
-    first = re.match(r"\W*(\w)(?!\w)(.*)", answer, re.DOTALL)
+    first = re.match(r"\W*(?:[Aa]ction:\s*)?(\w)(?!['’]?\w)(.*)", answer)  # a line
     if first and first[1] in labels:
         index, rest = labels.index(first[1]), first[2]
         # "A taxi is ..." begins with a word, not with a label.

@@ -137,7 +137,7 @@ def test_200_requests_of_which_a_third_fails(serve, tmp_path, capsys, monkeypatc
     assert ask_all(again, names) == answers and sum(server.asked.values()) == 267
     again.say_totals()
     out = capsys.readouterr()
-    assert "0 answers paid for, 200 known" in out.out
+    assert "0 answers received, 200 known" in out.out
     no_key(tmp_path, out.out, out.err)
 
 
@@ -190,9 +190,51 @@ def test_a_refusal_is_one_line_without_the_key(code, serve, tmp_path, capsys):
     """Catches a traceback, a request that cannot pass and is repeated, and a key that the server says again."""
     server = serve(lambda messages, n: code)
     with pytest.raises(UserError, match=f"refuses, {code}") as error:
-        ask_all(chat(tmp_path), ["a"])
-    assert server.asked.total() == 1
+        ask_all(chat(tmp_path), map(str, range(200)))
+    assert server.asked.total() <= 16, "the others need not be asked"
     no_key(tmp_path, str(error.value), *capsys.readouterr())
+
+
+def test_one_prompt_may_be_refused(serve, tmp_path, capsys):
+    """Catches a prompt, too long or filtered, that ends the run and each further one; and a run that goes on though
+    nothing at all comes of it."""
+    server = serve(lambda messages, n: 400 if messages[-1]["content"] == "3" else "fine")
+    asker = chat(tmp_path)
+    answers = ask_all(asker, map(str, range(20)))
+    assert [name for name, in answers if not answers[name,]] == ["3"] and server.asked.total() == 20
+    asker.say_totals()
+    assert "1 prompts got no answer that can be used (Error code: 400 - no: " in capsys.readouterr().out
+    for reply in (400, "empty", "broken"):
+        server = serve(lambda messages, n, reply=reply: reply)
+        with pytest.raises(UserError, match="10 prompts, and no answer that can be used"):
+            ask_all(chat(tmp_path, answers=str(tmp_path / "none"), parallel=1), map(str, range(50)))
+        assert server.asked.total() <= 12 * (1 if reply == 400 else endpoint.TRIES), "one more may be on its way"
+    no_key(tmp_path, *capsys.readouterr())
+
+
+def test_ctrl_c_waits_for_no_answer(serve, tmp_path):
+    serve(lambda messages, n: time.sleep(60) or "late")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + KILLED  # nohup ignores it
+    command = [sys.executable, "-c", code, tmp_path / "a"]
+    stopped = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE)
+    while not (tmp_path / "a").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    stopped.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in stopped.communicate(timeout=30)[1].decode()
+
+
+def test_texts_from_outside(serve, tmp_path, monkeypatch):
+    """Catches an escape code on the terminal, half a pair that no file holds, a word of an answer that is the key of a
+    server of one's own, and a field that the openai package does not know."""
+    server = serve(lambda messages, n: "there is \x1b[2J none \ud800 here")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    asker = chat(tmp_path, request=[("top_k", 1)])
+    assert ask_all(asker, ["a"])["a",] == "there is  [2J none   here" and server.asked.total() == 1
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://[::1")
+    with pytest.raises(UserError, match="OPENAI_BASE_URL"):
+        chat(tmp_path)
 
 
 def test_what_stays_empty_stops_nothing(serve, tmp_path, capsys):
@@ -203,7 +245,7 @@ def test_what_stays_empty_stops_nothing(serve, tmp_path, capsys):
     assert answers["a",] == "" and answers["b",] == ("the API key is .... " * 99).strip()
     assert server.asked.total() == endpoint.TRIES + 1 and len(endpoint.read_answers(asker.path)) == 1
     asker.say_totals()
-    assert "1 questions got nothing" in capsys.readouterr().out
+    assert "1 prompts got no answer" in capsys.readouterr().out
     no_key(tmp_path)
 
 
@@ -294,9 +336,15 @@ def test_dry_run_asks_nothing(serve, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("answer, expected", [
     ("B", 1), (" b) ", None), ("B) go right", 1), ("**A**", 0), ("B go right", 1), ("A step to the left", None),
     ("I would go right.", 1), ("go left or go right", None), ("Z", None), ("", None), ("B.\nBecause", 1),
+    ("B\n\nThe goal is right.", 1), ("Action: B", 1), ("I'd go right", 1), ("A'd, B", None),
 ])
 def test_which_action_an_answer_names(answer, expected):
-    assert endpoint.named_action(answer, "AB", ("go left", "go right")) == expected
+    assert endpoint.named_action(answer, "ABI", ("go left", "go right", "stay")) == expected
+
+
+def test_up_and_down_are_two_actions():
+    assert endpoint.named_action("cd docs", "AB", ("cd docs", "cd ..")) == 0
+    assert not endpoint.spoils("cd docs is right", "cd ..") and endpoint.spoils("now cd ..!", "cd ..")
 
 
 def test_player_joins_the_table(serve, tmp_path, capsys, monkeypatch):
@@ -327,8 +375,8 @@ def test_player_joins_the_table(serve, tmp_path, capsys, monkeypatch):
 QUESTIONS = {  # name: its text, what is asked about it, the answer, and what becomes of the question
     "ovens.md": ("The baker heats stones.", "What does a baker do to stones?", "heats stones.", "1 questions kept"),
     "prices.md": ("Bread costs 4 crowns.", "What do the prices say?", "4 crowns", "1 refused: the name"),
-    "letters.md": ("Greta wrote about honey.", "What honey does Greta like?", "honey", "2 refused: its words"),
-    "more.md": ("Greta sells honey, too.", "What honey does Greta like?", "honey", "2 refused: its words"),
+    "letters.md": ("Greta wrote about honey.", "What honey does Greta like?", "honey", "2 refused: too few or"),
+    "more.md": ("Greta sells honey, too.", "What honey does Greta like?", "honey", "2 refused: too few or"),
     "hours.md": ("Open from dawn.", "", "dawn", "1 refused: not in the form"),
     "notes.md": ("Nobody asks twice.", "Who asks twice?", "everybody", "1 refused: the answer is not in"),
 }

@@ -45,6 +45,7 @@ NOTES = ("[empty file]", "[binary file]", "[unreadable file]")  # what `cat` sho
 CUT = "[cut]"
 RESULT_LINES, RESULT_TOKENS = 8, 60  # of a file, what `cat` shows
 PER_FILE = 8  # most questions about a file; the generated repositories have many files, and one question each
+MOST_WORDS = 30  # of a model's question
 LONGEST_WAY = 10  # actions to an answer; the horizon leaves room for mistakes
 
 # ---------------------------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def refusal(pair, path, texts, shown, holders):
 
     Its words that the file and its path have must belong to this file alone, as those of a rule's question.
     """
-    if pair is None:
+    if pair is None or len(pair[0].split()) > MOST_WORDS:
         return "not in the form that was asked for"
     question, answer = (" ".join(text.split()) for text in pair)
     spoken = [" ".join(re.findall(r"\w+", text.lower())) for text in (answer, shown[path])]
@@ -428,7 +429,9 @@ def refusal(pair, path, texts, shown, holders):
         return "the name of the file is given away"
     known = stems_of(" ".join([texts[path], *path[:-1]]))
     phrase = " ".join(word for word in dict.fromkeys(words_of(question)) if stem(word) in known)
-    return "" if is_unique(phrase, path, holders, texts, shown) else "its words do not tell one file"
+    if not is_unique(phrase, path, holders, texts, shown):
+        return "too few or too many words of the file, or other files have them"
+    return ""
 
 
 def tasks_by_teacher(trees, kind, chat):
@@ -446,7 +449,7 @@ def tasks_by_teacher(trees, kind, chat):
         reason = refusal(pair, path, *indices[name])
         refused[reason] += 1
         if not reason:
-            task = {"question": pair[0], "targets": ["/".join(path)], "repo": name}
+            task = {"question": " ".join(pair[0].split()), "targets": ["/".join(path)], "repo": name}
             tasks[name].append({**task, "depth": len(path) - 1, "kind": kind})
     print(f"{len(files)} files, {refused.pop('', 0)} questions kept")
     for reason, n in refused.most_common():
@@ -779,8 +782,8 @@ def main():
         print(f"{SHIPPED} is what prepare.py makes")
     elif (args.repos and not args.out) or (args.test_only and not args.repos):
         parser.error("--repos needs --out FILE, --test-only needs both")
-    elif args.teacher == "openai" and not args.repos:
-        parser.error("--teacher openai asks about --repos DIR")
+    elif args.teacher == "openai" and not os.path.isdir(args.repos or ""):
+        parser.error("--teacher openai asks about --repos DIR, a directory")
     elif args.repos:
         chat = endpoint.Chat(args.teacher_model, args) if args.teacher == "openai" else None
         data = read(args.repos, args.test_only, chat)

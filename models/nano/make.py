@@ -45,7 +45,7 @@ from reflect_rl import (  # noqa: E402
     encode,
     load_base,
     policy_prompt,
-    words_of,
+    different_words,
     write,
 )
 from sft import collate, loss_of  # noqa: E402
@@ -361,7 +361,7 @@ def met_words(labels, seed):
     """The words that come up in two of the first documents or more, one a line: reflect_rl.say_strange_words."""
     counts = collections.Counter()
     for text in corpus(labels, seed, range(WORDS_OF)):
-        counts.update(words_of(text))
+        counts.update(different_words(text))
     return "".join(f"{word}\n" for word in sorted(counts) if counts[word] > 1)
 
 
