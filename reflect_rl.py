@@ -34,7 +34,6 @@ import re
 import string
 import sys
 import time
-import weakref
 from pathlib import Path
 
 import filelock
@@ -43,10 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 import envs
@@ -56,7 +52,6 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 NANO = Path(__file__).parent / "models" / "nano"
 WATCH_PAUSE = 1.0  # seconds a step
-MANY_STRANGE = 0.2  # share of words that is worth a line
 
 # ---------------------------------------------------------------------------------------------------------
 # Prompts: one builder for SFT, RL and evaluation
@@ -456,73 +451,8 @@ def load_base(path="nano", device="cpu", dtype="fp32"):
     if unused:
         print(f"note: {path} has {len(unused)} tensors that this model does not use, such as {unused[0]}")
     model = model.to(device).eval()  # eval(): dropout stays off in every stage, LoRA has none
-    check_base(model, tokenizer, path)
+    envs.beside("../models/checks.py").check_base(model, tokenizer, path)
     return model, tokenizer
-
-
-def check_base(model, tokenizer, path):
-    """A `UserError` where a base could not be trained, or would not do what the two players need."""
-    if not encode(tokenizer, ACTION_HEADER):
-        raise UserError(f"{path} holds no tokenizer")
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(f"the tokenizer of {path} has {len(tokenizer)} tokens, and its model only {rows}")
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise UserError(f"the tokenizer of {path} has no end-of-text token, which ends a reflection")
-    if end in encode(tokenizer, f"{tokenizer.eos_token} a"):
-        raise UserError(f"the tokenizer of {path} takes {tokenizer.eos_token} in a text for its end")
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise UserError(f"{path} has weights that are not finite")
-    ids = probe(model).repeat(2, 1)
-    ids[1, -1] += 1  # two texts that differ in their last token
-    try:
-        with torch.no_grad():
-            one, other = model(ids, use_cache=False).logits[:, :-1].float()
-    except Exception as error:  # an architecture that reads more than text
-        raise UserError(f"{path} cannot read a text alone: {one_line(str(error) or repr(error))[:300]}") from None
-    if not torch.allclose(one, other, atol=1e-3 * one.abs().max().item()):
-        raise UserError(f"{path} is not causal: its logits depend on later tokens")
-
-
-def different_words(text):
-    return set(re.findall(r"[^\W\d_]+", text))
-
-
-def say_strange_words(env, base):
-    """Print a line where many words of an environment's states are none that its base has met.
-
-    Those that it has met are in words.txt beside it, where its maker wrote one (models/nano/make.py).
-    """
-    path, words, rng = Path(NANO if base == "nano" else base) / "words.txt", set(), random.Random(0)
-    if not path.is_file():
-        return
-    for task in env.tasks("train")[:40]:
-        state, info = env.reset(seed=0, options={**env.training, "task": task})
-        words |= different_words(state)
-        over = False
-        while not over:  # random play
-            state, _, terminated, truncated, info = env.step(rng.randrange(len(info["actions"])))
-            words, over = words | different_words(state), terminated or truncated
-    share = len(words - set(path.read_text(encoding="utf-8").split())) / max(1, len(words))
-    if share > MANY_STRANGE:
-        print(f"note: {share:.0%} of the different words in {type(env).__name__}'s states hardly ever occurred in what "
-              f"the base {base} was trained on: if it learns little, --base takes any Hugging Face model")
-
-
-def recompute(model):
-    """Gradient checkpointing: keep the input of each block only, and compute the rest again in the backward pass."""
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not blocks:
-        raise UserError("--gradient-checkpointing: this architecture has no blocks that could be computed again")
-    for block in blocks:
-        block.forward = functools.partial(run_block, block.forward)
-
-
-def run_block(forward, *inputs, **options):
-    if not torch.is_grad_enabled():
-        return forward(*inputs, **options)
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def right_pad(rows, device):
@@ -755,65 +685,6 @@ class Players:
             self.score(steps)
             known.update(zip(new, steps, strict=True))
         return [dataclasses.replace(known[key]) for key in keys]  # copies: each gets its own action and reward
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Memory: said before it is used
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside: `most` is what they held together at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        old = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in old:  # no view
-                self.count(tensor.untyped_storage().nbytes())
-                weakref.finalize(tensor.untyped_storage(), self.count, -tensor.untyped_storage().nbytes())
-        return result
-
-    def count(self, size):
-        self.now += size
-        self.most = max(self.most, self.now)
-
-
-def say_memory(stage, device, parameters, texts, length, learn):
-    """Print what a training will need at its peak and what there is. `learn(n)`: forward and backward pass of n texts.
-
-    One and two texts are tried: what they need grows evenly with their number.
-    """
-    peaks = []
-    for n in (1, 2):
-        with Peak() as peak:
-            learn(n)
-        peaks.append(peak.most)
-        for parameter in parameters:
-            parameter.grad = None
-    held, most = memory_of(torch.device(device))
-    moments = 2 * sum(parameter.nbytes for parameter in parameters)  # AdamW's; the gradients are in the peaks
-    need = held + moments + peaks[0] + (texts - 1) * (peaks[1] - peaks[0])
-    if most:
-        line = f"{stage}: needs {need / 1e9:.2f} GB of memory ({texts} texts of {length} tokens at a time)"
-        enough = "" if need < most else ": try --micro-batch, --dtype bf16 or --gradient-checkpointing"
-        print(f"{line}, there are {most / 1e9:.1f} GB{enough}")
-
-
-def memory_of(device):
-    """Bytes that this process holds on a device, and all that it could hold; 0, 0 where that is not known."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_allocated(device)
-        return held, held + torch.cuda.mem_get_info(device)[0]
-    try:  # Linux
-        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        free = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    except OSError:
-        return 0, 0
-    return held, held + free
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1255,7 +1126,7 @@ def load_players(args, adapters):
     """Players on `args.base`; `adapters` maps names to the folders that hold them."""
     model, tokenizer = load_base(args.base, args.device, args.dtype)
     if args.gradient_checkpointing:
-        recompute(model)
+        envs.beside("../models/checks.py").recompute(model)
     for name, folder in adapters.items():
         load_adapter(model, name, folder)
     has_reflector = "reflect" in adapters

@@ -44,9 +44,10 @@ from envs import UserError
 from reflect_rl import (
     COMMON, Episode, Run, Step, adapter_parameters, add_adapter, add_options, budget_of, check_settings, env_factory,
     gather, joined_processes, load_adapter, load_players, parse_args, play, rank, save_adapter,
-    say_memory, say_strange_words, short_name, show, sum_gradients, world, write_budget,
+    short_name, show, sum_gradients, world, write_budget,
 )
 
+checks = envs.beside("../models/checks.py")
 ALGORITHMS = {  # group: episodes of one task in a batch; epochs x minibatches: gradient steps on it
     "reinforce": {"group": 1, "epochs": 1, "minibatches": 1},
     "rloo": {"group": 4, "epochs": 1, "minibatches": 1},
@@ -423,7 +424,7 @@ def say_need(steps, players, parameters):
         copies = [dataclasses.replace(longest, prompt=str(i)) for i in range(n)]  # equal prompts would share a row
         players.log_probs(players.forward(copies, hidden=True)[0], copies)[:, 0].sum().backward()
 
-    say_memory("rl", players.device, parameters, min(players.micro_batch, len(steps)), len(longest.ids), learn)
+    checks.say_memory("rl", players.device, parameters, min(players.micro_batch, len(steps)), len(longest.ids), learn)
 
 
 def play_together(players, make_env, tasks, options, args, number):
@@ -525,7 +526,7 @@ def pipeline(args, splits):
     if not stages and args.env not in envs.ENVS:  # else SFT checks it
         envs.check(env_factory(args)())
         if first:
-            say_strange_words(env_factory(args)(), args.base)
+            checks.say_strange_words(env_factory(args)(), args.base)
     if stages and first:  # under torchrun the others wait in joined_processes
         sft.run(args, stages)
     with joined_processes(args):  # after SFT, which is the first process's work alone

@@ -29,10 +29,11 @@ import negatives
 from envs import UserError
 from reflect_rl import (
     COMMON, Run, adapter_parameters, add_adapter, add_options, encode_all, env_factory,
-    forward, load_players, parse_args, reflector_prompt, right_pad, save_adapter, say_memory,
-    say_strange_words, settings_of, short_name, use_adapter, write_budget,
+    forward, load_players, parse_args, reflector_prompt, right_pad, save_adapter,
+    settings_of, short_name, use_adapter, write_budget,
 )
 
+checks = envs.beside("../models/checks.py")
 DATA_OPTIONS = negatives.OPTIONS | {
     "data": ("", "train on this JSONL file of records instead of the teacher's; every sixth trajectory is held out"),
 }
@@ -196,7 +197,7 @@ def fit(run, players, stage, pairs, records, steps, args):
     longest = max(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
     texts = min(args.batch, players.micro_batch, len(pairs))
     use_adapter(players.model, stage)
-    say_memory(stage, players.device, parameters, texts, len(longest[0]) + len(longest[1]),
+    checks.say_memory(stage, players.device, parameters, texts, len(longest[0]) + len(longest[1]),
                lambda n: loss_of([longest] * n, players, backward=True))
     auto = steps == "auto"
     last = MOST_UPDATES if auto else steps
@@ -292,7 +293,7 @@ def run(args, stages):
     env = make_env()
     if args.env not in envs.ENVS:
         envs.check(env)
-        say_strange_words(env, args.base)
+        checks.say_strange_words(env, args.base)
     players = load_players(args, {})
     for stage in todo:
         torch.manual_seed(args.seed)

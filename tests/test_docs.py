@@ -128,7 +128,8 @@ def test_changes_of_the_lesson_fit_the_code():
 def test_every_figure_of_the_readme_is_in_the_docs():
     """Catches a figure that was typed, or one that was not changed with its table. (A figure alone is a weak check: it
     may be in any line of the docs. One with its interval must stand in one row.)"""
-    text = re.sub(r"(?m)^(?:python|torchrun)(?:(?! #).)*|`[^`\n]*`|\]\([^)]*\)|(?:arXiv|Python) \S+", "", read("README.md"))
+    no_figures = r"(?m)^(?:python|torchrun)(?:(?! #).)*|`[^`\n]*`|\]\([^)]*\)|(?:arXiv|Python) \S+"
+    text = re.sub(no_figures, "", read("README.md"))
     pages = [*(ROOT / "docs").glob("*.md"), ROOT / "models" / "nano" / "README.md"]
     lines = [set(re.findall(r"-?\d+(?:\.\d+)?", line.replace(",", ", ").replace(" +", " ")))
              for page in pages for line in page.read_text(encoding="utf-8").splitlines()]

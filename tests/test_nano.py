@@ -20,6 +20,8 @@ import reflect_rl
 from envs import UserError
 from reflect_rl import LABELS
 
+checks = envs.beside("../models/checks.py")
+
 ROOT = Path(__file__).parent.parent
 make = load_script("models/nano/make.py")
 
@@ -428,10 +430,10 @@ def test_many_words_that_the_base_never_met_are_named(tmp_path, capsys):
     """Catches a line for environments whose words it knows, none where it does not, and one about a base of which
     nobody knows what it has read."""
     for name in ("taxi", "alfworld", "corridor:Corridor"):
-        reflect_rl.say_strange_words(envs.make(name), "nano")
-    reflect_rl.say_strange_words(envs.make("examples.key_door:KeyDoor"), tmp_path)
+        checks.say_strange_words(envs.make(name), "nano")
+    checks.say_strange_words(envs.make("examples.key_door:KeyDoor"), tmp_path)
     assert capsys.readouterr().out == ""
-    reflect_rl.say_strange_words(envs.make("examples.key_door:KeyDoor"), "nano")
+    checks.say_strange_words(envs.make("examples.key_door:KeyDoor"), "nano")
     assert "note: 42% of the different words in KeyDoor's states" in capsys.readouterr().out
 
 

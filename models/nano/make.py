@@ -45,11 +45,11 @@ from reflect_rl import (  # noqa: E402
     encode,
     load_base,
     policy_prompt,
-    different_words,
     write,
 )
 from sft import collate, loss_of  # noqa: E402
 
+checks = envs.beside("../models/checks.py")
 prepare = envs.beside("autoexplore/prepare.py")  # data/autoexplore/prepare.py, which makes new repositories
 
 OPTIONS = {
@@ -358,10 +358,10 @@ def corpus(labels, seed, numbers):
 
 
 def met_words(labels, seed):
-    """The words that come up in two of the first documents or more, one a line: reflect_rl.say_strange_words."""
+    """The words that come up in two of the first documents or more, one a line: checks.say_strange_words."""
     counts = collections.Counter()
     for text in corpus(labels, seed, range(WORDS_OF)):
-        counts.update(different_words(text))
+        counts.update(checks.different_words(text))
     return "".join(f"{word}\n" for word in sorted(counts) if counts[word] > 1)
 
 
