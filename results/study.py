@@ -149,7 +149,8 @@ def place_of(row):
     title = row["name"].rpartition("-s")[0]
     stages = ["RL only", "SFT", "SFT longer", "SFT + RL", "SFT longer + RL"]
     stage = title.rpartition("reflection, ")[2]
-    return title.startswith("with "), stages.index(stage) if stage in stages else -1, row["name"]
+    place = stages.index(stage) if stage in stages else len(stages)  # rows of another kind come last
+    return place == len(stages), title.startswith("with "), place, row["name"]
 
 
 def draw(path, env):
