@@ -364,14 +364,14 @@ def plot(args):
     draw_curves(curves, args.plot)
 
 
-EPISODES = ("training episodes", "success on the validation panel")
+CURVE_LABELS = ("training episodes", "success on the validation panel")  # of both axes
 
 
-def draw_curves(curves, path, stages=(), labels=EPISODES, scale="linear"):
+def draw_curves(curves, path, stages=(), labels=CURVE_LABELS, scale="linear"):
     """Success over training episodes (or what `labels` says), `{title: {x: [success of each seed]}}`, to an image file.
 
     A line is the mean over seeds where all were evaluated, its band goes from the least to the most. `stages`: (name,
-    share of the episodes).
+    share of the episodes). `scale`: of the x axis, "linear" or "log".
     """
     try:
         from matplotlib.figure import Figure
@@ -397,8 +397,9 @@ def draw_curves(curves, path, stages=(), labels=EPISODES, scale="linear"):
         done += share
     first = 0 if scale == "linear" else min(map(min, curves.values()))
     if scale == "log":
+        amounts = sorted(set().union(*curves.values()))
         axes.set_xscale("log")
-        axes.set_xticks(ticks := sorted(set().union(*curves.values())), map(str, ticks), minor=False)
+        axes.set_xticks(amounts, map(str, amounts))
         axes.minorticks_off()
     axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, 1), xlim=(first, last))
     axes.spines[["top", "right"]].set_visible(False)

@@ -524,9 +524,10 @@ def pipeline(args, splits):
     if args.sft:
         stages.append("policy" if args.reflection else "plain")
     if not stages and args.env not in envs.ENVS:  # else SFT checks it
-        envs.check(env_factory(args)())
+        env = env_factory(args)()
+        envs.check(env)
         if first:
-            checks.say_strange_words(env_factory(args)(), args.base)
+            checks.say_strange_words(env, args.base)
     if stages and first:  # under torchrun the others wait in joined_processes
         sft.run(args, stages)
     with joined_processes(args):  # after SFT, which is the first process's work alone

@@ -33,6 +33,19 @@ def test_tables_of_the_docs_are_drawn_from_the_files(path, tmp_path, capsys):
         assert " ".join(line.split()) in drawn or set(line) <= set("|- ")
 
 
+def test_success_by_amount_of_data(tmp_path, monkeypatch):
+    """Catches a file that is left out, and seeds or rows that are mixed."""
+    drawn = {}
+    monkeypatch.setattr(study.evaluation, "draw_curves", lambda curves, out, **more: drawn.update(curves))
+    rows = (ROOT / "results" / "reflection-taxi-20-test.jsonl").read_bytes()
+    for amount in (20, 50):
+        (tmp_path / f"amount-taxi-{amount}-test.jsonl").write_bytes(rows)
+    study.picture_of_amounts(tmp_path / "amount-taxi-20-test.jsonl", envs.make("taxi"), "out.png")
+    points = drawn["with reflection, SFT + RL"]
+    assert set(points) == {20, 50} and points[20] == points[50] and len(points[20]) == 5
+    assert f"{sum(points[20]) / 5:.1%}" == "86.8%" and not {"random", "expert"} & set(drawn)
+
+
 def test_figures_of_the_readme_are_those_of_the_docs():
     """Catches a README whose table was not changed with the results."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ import html.parser
 import json
 import math
 import re
+import sys
 
 import pytest
 from conftest import ROOT, resolved, run_script
@@ -168,11 +169,15 @@ def test_a_missing_folder_is_found_before_playing(tmp_path, monkeypatch):
 
 
 def test_the_script_writes_it(tmp_path, monkeypatch):
-    """Catches rows that are not in the page, and settings that are not the command line's."""
-    where = ["--env", "corridor:Corridor", "--runs", tmp_path, "--device", "cpu", "--repeats", 2]
+    """Catches rows that are not in the page, settings that are not the command line's, another seed than the panel's:
+    then no episode would come out as it was played, and none would be marked."""
+    monkeypatch.setattr(sys.modules["corridor"], "Seeded", Seeded, raising=False)
+    where = ["--env", "corridor:Seeded", "--runs", tmp_path, "--device", "cpu", "--repeats", 2]
     run_script(evaluation, *where, "--html", tmp_path / "page.html", monkeypatch=monkeypatch)
     found = json.loads(Elements((tmp_path / "page.html").read_text()).scripts[0])
     assert [(run["name"], len(run["episodes"])) for run in found["runs"]] == [("random", 10), ("expert", 10)]
+    marks = [step["expert"] for run in found["runs"] for episode in run["episodes"] for step in episode["steps"]]
+    assert None not in marks
     tables = (evaluation.OPTIONS, envs.beside("../models/endpoint.py").OPTIONS)
     settings = json.loads(json.dumps(vars(resolved(*where, tables=tables)), default=str))
     assert found["settings"] == settings | {"html": str(tmp_path / "page.html")}
