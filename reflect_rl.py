@@ -204,12 +204,11 @@ class LoRALinear(nn.Module):
         return self.base.weight  # some blocks look at its type
 
     def add(self, name, r, alpha):
-        device = self.weight.device
         # Conv1D keeps its weight transposed
         d_out, d_in = reversed(self.weight.shape) if isinstance(self.base, Conv1D) else self.weight.shape
-        self.lora_A[name] = nn.Parameter(torch.empty(r, d_in, device=device))  # fp32, whatever the base has
-        self.lora_B[name] = nn.Parameter(torch.zeros(d_out, r, device=device))  # B = 0: no change at first
-        nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+        A = nn.init.kaiming_uniform_(torch.empty(r, d_in), a=math.sqrt(5))  # on the CPU: a seed gives every device one A
+        self.lora_A[name] = nn.Parameter(A.to(self.weight.device))  # fp32, whatever the base has
+        self.lora_B[name] = nn.Parameter(torch.zeros(d_out, r, device=self.weight.device))  # 0: no change at first
         self.scale[name] = alpha / r
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
