@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 
 import envs
-from reflect_rl import COMMON, add_options, env_factory, parse_args
+from plumbing.options import COMMON, add_options, env_factory, parse_args
 
 CURRICULA = {  # the stages as they are written for an environment of your own
     envs.DangerousTaxi: [

@@ -26,10 +26,11 @@ import numpy as np
 
 import envs
 from envs import UserError
-from reflect_rl import (
-    COMMON, Episode, Step, adapters_of, add_options, as_trained, budget_of, env_factory, load_players,
-    parse_args, play, read_config, read_log, runs_of, write,
-)
+from plumbing.curves import plot
+from plumbing.options import COMMON, add_options, env_factory, parse_args
+from plumbing.rows import write_rows
+from plumbing.runs import adapters_of, as_trained, budget_of, read_config, runs_of, write
+from reflect_rl import Episode, Step, load_players, play
 
 OPTIONS = {
     "split": ("test", "split of the panel"),
@@ -298,113 +299,6 @@ def print_table(rows):
         for name, *cells in [head, ["-" * width for width in widths], *body]:
             padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
             print("| " + " | ".join([f"{name:{widths[0]}}", *padded]) + " |")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Rows in a file: what the tables and curves of docs/ are drawn from, without playing
-
-
-COLUMNS = {  # what is kept of an episode, beside its task
-    "success": lambda episode: int(episode.success),
-    "terminated": lambda episode: int(episode.terminated),
-    "return": lambda episode: round(episode.total, 3),
-    "length": lambda episode: len(episode.steps),
-}
-
-
-def write_rows(rows, path):
-    """One row a line, small: of each episode its task (index in the split) and `COLUMNS`."""
-    lines = []
-    for r in rows:
-        places, line = {}, {"sampled": [], "greedy": []}
-        for i, task in enumerate(r["env"].tasks(r["split"])):
-            places[json.dumps(task)] = i
-        for kind in line:
-            for episodes in r[kind]:
-                columns = {"task": [places[json.dumps(episode.task)] for episode in episodes]}
-                for name, value in COLUMNS.items():
-                    columns[name] = list(map(value, episodes))
-                line[kind].append(columns)
-        lines.append(json.dumps({**r, "env": None, **line}) + "\n")
-    write(path, "".join(lines))
-
-
-def read_rows(path, env):
-    """The rows of such a file; their episodes have no states."""
-    rows = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
-        r = json.loads(text) | {"env": env}
-        tasks = env.tasks(r["split"])
-        for kind in ("sampled", "greedy"):
-            runs = []
-            for columns in r[kind]:
-                runs.append([])
-                for task, success, terminated, total, length in zip(*columns.values(), strict=True):
-                    steps = [Step("", (), reward=total / length)] * length
-                    runs[-1].append(Episode(tasks[task], None, None, "", (), steps, bool(success), bool(terminated)))
-            r[kind] = runs
-        rows.append(r)
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Curves
-
-
-def plot(args):
-    """The curves of all RL runs found, the seeds of one kind of run together."""
-    curves = {}
-    for folder in runs_of(args):
-        for figures in read_log(folder):
-            if "valid_success" in figures:
-                points = curves.setdefault(re.sub(r"-s\d+$", "", folder.name).replace("-", " "), {})
-                points.setdefault(figures["episodes"], []).append(figures["valid_success"])
-    if not curves:
-        raise UserError(f"no run of {args.env} in {args.runs} has been evaluated yet")
-    draw_curves(curves, args.plot)
-
-
-CURVE_LABELS = ("training episodes", "success on the validation panel")  # of both axes
-
-
-def draw_curves(curves, path, stages=(), labels=CURVE_LABELS, scale="linear"):
-    """Success over training episodes (or what `labels` says), `{title: {x: [success of each seed]}}`, to an image file.
-
-    A line is the mean over seeds where all were evaluated, its band goes from the least to the most. `stages`: (name,
-    share of the episodes). `scale`: of the x axis, "linear" or "log".
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.subplots()
-    last, place, done = max(map(max, curves.values())), -1.0, 0.0
-    means = {}
-    for title, points in curves.items():
-        seeds = max(map(len, points.values()))
-        means[title] = {at: statistics.fmean(points[at]) for at in sorted(points) if len(points[at]) == seeds}
-    for title in sorted(means, key=lambda title: means[title][max(means[title])]):
-        at, mean = list(means[title]), list(means[title].values())
-        [line] = axes.plot(at, mean, marker="o", markersize=3)
-        seeds = [curves[title][episodes] for episodes in at]
-        axes.fill_between(at, list(map(min, seeds)), list(map(max, seeds)), color=line.get_color(), alpha=0.15)
-        place = max(mean[-1], place + 0.05)  # names that would overlap stand above each other
-        axes.annotate(title, (last, place), (6, 0), textcoords="offset points", color=line.get_color(), va="center")
-    for name, share in stages:
-        axes.axvline(done * last, color="gray", linewidth=0.6, linestyle=":")
-        axes.annotate(name, (done * last, 1.01), color="gray", fontsize=8, rotation=40, annotation_clip=False)
-        done += share
-    first = 0 if scale == "linear" else min(map(min, curves.values()))
-    if scale == "log":
-        amounts = sorted(set().union(*curves.values()))
-        axes.set_xscale("log")
-        axes.set_xticks(amounts, map(str, amounts))
-        axes.minorticks_off()
-    axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, 1), xlim=(first, last))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -21,10 +21,9 @@ from pathlib import Path
 
 import envs
 from envs import UserError
-from reflect_rl import (
-    ACTION_HEADER, COMMON, add_options, env_factory, one_line, parse_args, reflector_prompt,
-    short_name, write,
-)
+from plumbing.options import COMMON, add_options, env_factory, parse_args, short_name
+from plumbing.runs import write
+from reflect_rl import ACTION_HEADER, one_line, reflector_prompt
 
 OPTIONS = {
     "trajectories": (200, "teacher trajectories", 1),

@@ -41,10 +41,11 @@ import envs
 import eval as evaluation
 import sft
 from envs import UserError
+from plumbing.options import COMMON, add_options, env_factory, parse_args, short_name
+from plumbing.processes import gather, joined_processes, rank, sum_gradients, world
+from plumbing.runs import Run, budget_of, check_settings, write_budget
 from reflect_rl import (
-    COMMON, Episode, Run, Step, adapter_parameters, add_adapter, add_options, budget_of, check_settings, env_factory,
-    gather, joined_processes, load_adapter, load_players, parse_args, play, rank, save_adapter,
-    short_name, show, sum_gradients, world, write_budget,
+    Episode, Step, adapter_parameters, add_adapter, load_adapter, load_players, play, save_adapter, show,
 )
 
 checks = envs.beside("../models/checks.py")

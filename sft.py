@@ -27,10 +27,11 @@ from tqdm import tqdm
 import envs
 import negatives
 from envs import UserError
+from plumbing.options import COMMON, add_options, env_factory, parse_args, short_name
+from plumbing.runs import Run, settings_of, write_budget
 from reflect_rl import (
-    COMMON, Run, adapter_parameters, add_adapter, add_options, encode_all, env_factory,
-    forward, load_players, parse_args, reflector_prompt, right_pad, save_adapter,
-    settings_of, short_name, use_adapter, write_budget,
+    adapter_parameters, add_adapter, encode_all, forward, load_players, reflector_prompt, right_pad, save_adapter,
+    use_adapter,
 )
 
 checks = envs.beside("../models/checks.py")

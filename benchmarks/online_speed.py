@@ -32,9 +32,10 @@ import rl
 import sft
 from envs import run_main
 import reflect_rl
+from plumbing.options import COMMON, add_options, env_factory, parse_args
+from plumbing.runs import adapters_of, as_trained
 from reflect_rl import (
-    COMMON, adapter_parameters, adapters_of, add_adapter, add_options, as_trained, env_factory, load_players,
-    one_line, parse_args, play, reflector_prompt, right_pad, use_adapter,
+    adapter_parameters, add_adapter, load_players, one_line, play, reflector_prompt, right_pad, use_adapter,
 )
 
 # ---------------------------------------------------------------------------------------------------------

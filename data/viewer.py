@@ -8,7 +8,8 @@ from pathlib import Path
 import envs
 import negatives
 from envs import UserError
-from reflect_rl import one_line, outcome, write
+from plumbing.runs import write
+from reflect_rl import one_line, outcome
 
 
 def write_html(rows, settings, seed, path):

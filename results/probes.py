@@ -27,9 +27,11 @@ import negatives  # noqa: E402
 import rl  # noqa: E402
 import sft  # noqa: E402
 import study  # noqa: E402
+from plumbing.options import env_factory  # noqa: E402
+from plumbing.rows import write_rows  # noqa: E402
+from plumbing.runs import adapters_of  # noqa: E402
 from reflect_rl import (  # noqa: E402
-    adapter_parameters, adapters_of, add_adapter, encode_all, env_factory, forward, load_players,
-    reflector_prompt, use_adapter,
+    adapter_parameters, add_adapter, encode_all, forward, load_players, reflector_prompt, use_adapter,
 )
 
 # ---------------------------------------------------------------------------------------------------------
@@ -274,7 +276,7 @@ def main():
         rows = []
         for seed in own.seeds:
             rows += PROBES[own.study](study.arm(args, seed=seed))
-        evaluation.write_rows(rows, path)
+        write_rows(rows, path)
     if own.study == "recovery":
         args.env_option = [("repos", str(fresh))]
     study.draw(path, env_factory(args)())

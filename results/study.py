@@ -27,7 +27,11 @@ import eval as evaluation  # noqa: E402
 import rl  # noqa: E402
 import sft  # noqa: E402
 from envs import UserError  # noqa: E402
-from reflect_rl import COMMON, add_options, budget_of, env_factory, load_players, parse_args, read_log  # noqa: E402
+from plumbing.curves import draw_curves  # noqa: E402
+from plumbing.options import COMMON, add_options, env_factory, parse_args  # noqa: E402
+from plumbing.rows import read_rows, write_rows  # noqa: E402
+from plumbing.runs import budget_of, read_log  # noqa: E402
+from reflect_rl import load_players  # noqa: E402
 
 STUDIES = {  # row -> options of rl.py; rows of SFT alone are evaluated on the way
     "reflection": {
@@ -155,7 +159,7 @@ def place_of(row):
 
 def draw(path, env):
     """The table of a file of rows; where there are several seeds, of their means."""
-    rows = evaluation.read_rows(path, env)
+    rows = read_rows(path, env)
     unlearned = [row for row in rows if row["name"] in ("random", "expert", "untuned base")]
     learned = sorted((row for row in rows if row not in unlearned), key=place_of)
     evaluation.print_table(unlearned + (evaluation.pooled(learned) or learned))
@@ -168,13 +172,13 @@ def draw(path, env):
 def picture(path, env, out):
     """The learning curves of a file of rows, each line named where it ends."""
     curves = {}
-    for row in evaluation.read_rows(path, env):
+    for row in read_rows(path, env):
         for episodes, success in row.get("curve", []):
             points = curves.setdefault(row["name"].rpartition("-s")[0], {})
             points.setdefault(episodes, []).append(success)
     stages = curriculum.stages_of(env)
     total = sum(stage.share for stage in stages)
-    evaluation.draw_curves(curves, out, [(stage.name, stage.share / total) for stage in stages])
+    draw_curves(curves, out, [(stage.name, stage.share / total) for stage in stages])
 
 
 def picture_of_amounts(path, env, out):
@@ -182,14 +186,14 @@ def picture_of_amounts(path, env, out):
     curves = {}
     for file in path.parent.glob(re.sub(r"-\d+-", "-*-", path.name)):
         amount = int(re.search(r"-(\d+)-", file.name)[1])
-        rows = evaluation.read_rows(file, env)
+        rows = read_rows(file, env)
         for row in rows:
             title, _, seed = row["name"].rpartition("-s")
             if seed.isdigit():
                 success = evaluation.summary(row["sampled"][0])["success"]
                 curves.setdefault(title, {}).setdefault(amount, []).append(success)
     labels = ("teacher trajectories", f"success on the {rows[0]['split']} panel")
-    evaluation.draw_curves(curves, out, labels=labels, scale="log")
+    draw_curves(curves, out, labels=labels, scale="log")
 
 
 def main():
@@ -201,7 +205,7 @@ def main():
         rows.append(evaluation.row("untuned base", lambda: load_players(args, {}), args))
         for seed in own.seeds:
             rows += rows_of(arm(args, seed=seed), STUDIES[own.study])
-        evaluation.write_rows(rows, path)
+        write_rows(rows, path)
     draw(path, env_factory(args)())
     if own.picture:
         (picture_of_amounts if own.study == "amount" else picture)(path, env_factory(args)(), own.picture)

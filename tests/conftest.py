@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import envs
+import plumbing.options
 import negatives
 import reflect_rl
 import sft
@@ -248,10 +249,10 @@ def run_script(module, *options, monkeypatch):
 def resolved(*options, tables=()):
     """The options that a script with COMMON and these tables makes of a command line."""
     parser = argparse.ArgumentParser()
-    reflect_rl.add_options(parser, reflect_rl.COMMON, *tables)
+    plumbing.options.add_options(parser, plumbing.options.COMMON, *tables)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, options)])
-        return reflect_rl.parse_args(parser)
+        return plumbing.options.parse_args(parser)
 
 
 def subprocess_of(*command, code=0, **options):

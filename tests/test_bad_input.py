@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerFast
 import curriculum
 import envs
 import eval as evaluation
+import plumbing.options
+import plumbing.runs
 import negatives
 import reflect_rl
 import rl
@@ -83,7 +85,7 @@ def test_every_script_refuses_typos(script, refused, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("script, tables", [
-    (sft, [reflect_rl.COMMON, sft.DATA_OPTIONS, sft.OPTIONS]), (rl, [rl.OPTIONS]),
+    (sft, [plumbing.options.COMMON, sft.DATA_OPTIONS, sft.OPTIONS]), (rl, [rl.OPTIONS]),
     (evaluation, [evaluation.OPTIONS]),
 ])
 def test_every_number_has_a_bound(script, tables, capsys, monkeypatch):
@@ -312,7 +314,7 @@ def test_a_full_disk_is_one_line(name, refused, run, bases, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
 def test_weights_without_bound_are_not_saved(value, run):
     """Catches a checkpoint with which every resume fails in the same way."""
-    before, this = contents(run), object.__new__(reflect_rl.Run)
+    before, this = contents(run), object.__new__(plumbing.runs.Run)
     this.folder, parameter = run, torch.nn.Parameter(torch.tensor([1.0, value]))
     with pytest.raises(envs.UserError, match="update 3: .*; the checkpoint before it is kept"):
         this.save(3, [parameter], torch.optim.AdamW([parameter]))

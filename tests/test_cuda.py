@@ -16,6 +16,7 @@ from conftest import (
 import envs
 import eval as evaluation
 import negatives
+import plumbing.runs
 import reflect_rl
 import rl
 import sft
@@ -137,7 +138,7 @@ def test_a_run_goes_on_from_its_checkpoint(algo, goes_on, bases, tmp_path, monke
     cut = tmp_path / "cut" / whole.name
     shutil.rmtree(cut)
     options = on_gpu(bases, tmp_path / "cut", "--algo", algo)
-    save_whole = reflect_rl.Run.save
+    save_whole = plumbing.runs.Run.save
 
     def save(run, step, *rest, **more):
         save_whole(run, step, *rest, **more)
@@ -145,7 +146,7 @@ def test_a_run_goes_on_from_its_checkpoint(algo, goes_on, bases, tmp_path, monke
             raise Killed
 
     with monkeypatch.context() as context, pytest.raises(Killed):
-        context.setattr(reflect_rl.Run, "save", save)
+        context.setattr(plumbing.runs.Run, "save", save)
         run_script(rl, *options, monkeypatch=context)
     run_script(rl, *options, "--resume", "--device", goes_on, monkeypatch=monkeypatch)
     for one, other in zip(read_log(whole), read_log(cut), strict=True):

@@ -13,10 +13,13 @@ from corridor import Corridor
 
 import envs
 import eval as evaluation
+import plumbing.rows
+import plumbing.runs
 import reflect_rl
 import rl
 from envs import UserError
-from reflect_rl import Episode, Step, runs_of
+from plumbing.runs import runs_of
+from reflect_rl import Episode, Step
 
 # Newcombe, Statistics in Medicine 17 (1998), table I, method 3 (score interval without continuity correction)
 NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
@@ -110,13 +113,13 @@ def test_budgets_add_up_and_are_dashes_where_unknown(tmp_path):
     """Catches records counted once a player, updates of one player only, and a run of before that seems to be free."""
     for name, numbers in {"reflect": (50, 7), "policy": (40, 5, 16)}.items():
         (tmp_path / name).mkdir()
-        reflect_rl.write_budget(tmp_path / name, *numbers)
-    both = [reflect_rl.budget_of([tmp_path / "reflect", tmp_path / "policy"]), reflect_rl.budget_of([])]
+        plumbing.runs.write_budget(tmp_path / name, *numbers)
+    both = [plumbing.runs.budget_of([tmp_path / "reflect", tmp_path / "policy"]), plumbing.runs.budget_of([])]
     assert both == [{"records": 50, "updates": 12, "episodes": 16}, {"records": 0, "updates": 0, "episodes": 0}]
     assert evaluation.budget_cells(both) == ["25", "6", "8"], "the mean of the seeds"
     for damage in (lambda path: path.write_text('{"records": 5'), lambda path: path.unlink()):
         damage(tmp_path / "policy" / "budget.json")
-        assert reflect_rl.budget_of([tmp_path / "reflect", tmp_path / "policy"]) == {}
+        assert plumbing.runs.budget_of([tmp_path / "reflect", tmp_path / "policy"]) == {}
     assert evaluation.budget_cells([both[0], {}]) == ["-"] * 3
 
 
@@ -133,8 +136,8 @@ def test_rows_of_a_file_are_those_that_were_played(name, tmp_path, capsys, monke
             budget = {"records": 7, "updates": seed, "episodes": 9} if kind == "good" else {}
             rows.append(row | {"name": f"{kind}-s{seed}", "budget": [budget], "curve": [[8, 0.5]]})
     rows += evaluation.pooled(rows)
-    evaluation.write_rows(rows, tmp_path / "rows.jsonl")
-    read = evaluation.read_rows(tmp_path / "rows.jsonl", envs.make(name))
+    plumbing.rows.write_rows(rows, tmp_path / "rows.jsonl")
+    read = plumbing.rows.read_rows(tmp_path / "rows.jsonl", envs.make(name))
     tables = []
     for some in (rows, read):
         evaluation.print_table(some)
@@ -266,7 +269,7 @@ def test_table_of_all_runs(runs, bases, capsys, monkeypatch):
     out, sft = capsys.readouterr().out, sft_folder(runs).name
     names = ["random", "expert", "untuned base", f"{sft} without reflection", f"{sft} with reflection", good.name]
     assert list(table_of(out)) == names
-    evaluation.print_table(evaluation.read_rows(runs / "rows", Corridor()))
+    evaluation.print_table(plumbing.rows.read_rows(runs / "rows", Corridor()))
     assert table_of(capsys.readouterr().out) == table_of(out)
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
     named = ("damaged", "longer", "training", "NaN")
@@ -306,16 +309,16 @@ def test_what_is_given_wins_over_the_run(tmp_path):
     config = {"env": "taxi", "base": "b", "labels": "words", "env_option": [["mode", "pickup"], ["horizon", 9]]}
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_reflection": 7, "seed": 3}))
     given = argparse.Namespace(env="taxi", base="nano", labels="letters", env_option=[("mode", "full")], split="test")
-    found = vars(reflect_rl.as_trained(given, tmp_path))
+    found = vars(plumbing.runs.as_trained(given, tmp_path))
     assert dict(found.pop("env_option")) == {"mode": "full", "horizon": 9}
     assert found == {"env": "taxi", "base": "b", "labels": "words", "max_reflection": 7, "split": "test"}
     assert given.env_option == [("mode", "full")], "the next run would get this one's options"
     games = {"env_option": [["games", "somewhere"]], "max_reflection": 7}
     (tmp_path / "config.json").write_text(json.dumps(config | games))
     with pytest.raises(UserError, match="played real games: say which"):  # TextWorld evaluates their text
-        reflect_rl.as_trained(given, tmp_path)
+        plumbing.runs.as_trained(given, tmp_path)
     given.env_option = [("games", "mine")]
-    assert dict(reflect_rl.as_trained(given, tmp_path).env_option) == {"games": "mine"}
+    assert dict(plumbing.runs.as_trained(given, tmp_path).env_option) == {"games": "mine"}
 
 
 @pytest.mark.parametrize("module", [evaluation, reflect_rl])
@@ -369,8 +372,8 @@ def test_a_run_from_elsewhere_names_no_game_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     args = argparse.Namespace(env="alfworld", env_option=[])
     with pytest.raises(UserError, match="--env-option games=PATH"):
-        reflect_rl.as_trained(args, tmp_path)
-    assert reflect_rl.as_trained(argparse.Namespace(env="alfworld", env_option=[("games", "mine")]), tmp_path)
+        plumbing.runs.as_trained(args, tmp_path)
+    assert plumbing.runs.as_trained(argparse.Namespace(env="alfworld", env_option=[("games", "mine")]), tmp_path)
 
 
 def test_a_policy_that_reads_reflections_does_not_play_without(runs):
@@ -378,4 +381,4 @@ def test_a_policy_that_reads_reflections_does_not_play_without(runs):
     folder = sft_folder(runs)
     shutil.rmtree(folder / "reflect")
     with pytest.raises(UserError, match="no reflector"):
-        reflect_rl.adapters_of(folder)
+        plumbing.runs.adapters_of(folder)

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 import envs
+import plumbing.runs
 import reflect_rl
 import rl
 import sft
@@ -175,7 +176,7 @@ def test_a_killed_save_does_not_look_complete(call, bases, tmp_path, monkeypatch
     assert not (tmp_path / "adapter_config.json").exists()
     (tmp_path / "text").write_text("old")
     with pytest.raises(Killed):
-        reflect_rl.write(tmp_path / "text", "new")
+        plumbing.runs.write(tmp_path / "text", "new")
     assert (tmp_path / "text").read_text() == "old"
 
 

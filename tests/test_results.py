@@ -36,7 +36,7 @@ def test_tables_of_the_docs_are_drawn_from_the_files(path, tmp_path, capsys):
 def test_success_by_amount_of_data(tmp_path, monkeypatch):
     """Catches a file that is left out, and seeds or rows that are mixed."""
     drawn = {}
-    monkeypatch.setattr(study.evaluation, "draw_curves", lambda curves, out, **more: drawn.update(curves))
+    monkeypatch.setattr(study, "draw_curves", lambda curves, out, **more: drawn.update(curves))
     rows = (ROOT / "results" / "reflection-taxi-20-test.jsonl").read_bytes()
     for amount in (20, 50):
         (tmp_path / f"amount-taxi-{amount}-test.jsonl").write_bytes(rows)

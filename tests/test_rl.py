@@ -34,6 +34,8 @@ from safetensors.torch import load_file
 import curriculum
 import envs
 import eval as evaluation
+import plumbing.processes
+import plumbing.runs
 import reflect_rl
 import rl
 import sft
@@ -101,7 +103,7 @@ def start(bases, tmp_path_factory):
     folder, model = sft.folder_of(args), make_players(bases["gpt2"]).model
     for stage in ("reflect", "policy", "plain"):
         reflect_rl.save_adapter(model, stage.replace("plain", "policy"), folder / stage)
-    reflect_rl.write(folder / "config.json", json.dumps(reflect_rl.settings_of(sft.sft_args(args))))
+    plumbing.runs.write(folder / "config.json", json.dumps(plumbing.runs.settings_of(sft.sft_args(args))))
     return runs
 
 
@@ -534,8 +536,8 @@ def test_what_a_run_leaves(options, trained, capsys, monkeypatch):
     than the one that `rl.py` ended with; a viewer without probabilities; a finished run that is played on."""
     played, real = [], rl.play_together
     monkeypatch.setattr(rl, "play_together", lambda *rest: played.append(real(*rest)) or played[-1])
-    saved, save = [], reflect_rl.Run.save
-    monkeypatch.setattr(reflect_rl.Run, "save", lambda *rest, **more: saved.append(rest[1]) or save(*rest, **more))
+    saved, save = [], plumbing.runs.Run.save
+    monkeypatch.setattr(plumbing.runs.Run, "save", lambda *rest, **more: saved.append(rest[1]) or save(*rest, **more))
     more = options("--algo", "ppo", "--kl", 0.1)
     run = trained(more)
     assert saved == [1, 2, 3, 4, 5, 6], "a kill loses one update and no more"
@@ -609,7 +611,7 @@ def test_without_sft_the_policy_starts_as_the_base(more, updates, options, monke
     for name in ("policy", "plain") if args.reflection else ("",):
         shutil.rmtree(first / name)
     if args.reflection:
-        reflect_rl.write_budget(first / "reflect", 50, 30)
+        plumbing.runs.write_budget(first / "reflect", 50, 30)
     [row], [other] = rl.pipeline(args, ("valid", "test"))
     base = reflect_rl.load_players(args, {})
     for step in all_steps(played[0]):
@@ -726,7 +728,7 @@ def kill_at(number, monkeypatch):
 
         return call
 
-    moments = [(Path, "replace"), (Path, "unlink"), (reflect_rl.Run, "log"), (rl, "give_advantages")]
+    moments = [(Path, "replace"), (Path, "unlink"), (plumbing.runs.Run, "log"), (rl, "give_advantages")]
     for owner, name in [*moments, (torch.nn.utils, "clip_grad_norm_"), (rl, "save_adapter"), (sft, "save_adapter")]:
         monkeypatch.setattr(owner, name, dying(getattr(owner, name), lambda *rest: None))
     monkeypatch.setattr(Path, "write_bytes", dying(half, lambda path, data: half(path, data[: len(data) // 2])))
@@ -779,9 +781,9 @@ def test_an_other_process_leaves_the_log_alone(options, trained, monkeypatch):
     """Bug: under torchrun a slower process removes the log in which the first has written its first line."""
     run = trained(options("--updates", 1))
     (run / "checkpoint.pt").unlink()
-    this, before = object.__new__(reflect_rl.Run), (run / "log.jsonl").read_bytes()
+    this, before = object.__new__(plumbing.runs.Run), (run / "log.jsonl").read_bytes()
     this.folder = run
-    monkeypatch.setattr(reflect_rl, "rank", lambda: 1)
+    monkeypatch.setattr(plumbing.runs, "rank", lambda: 1)
     assert this.restore([], None) == (0, {}) and (run / "log.jsonl").read_bytes() == before
 
 
@@ -876,7 +878,7 @@ def test_processes_together_give_the_numbers_of_one(algo, options, trained, tmp_
 
 def leave(folder, environment):
     os.environ.update(environment)
-    with reflect_rl.joined_processes(SimpleNamespace(device="cpu")):
+    with plumbing.processes.joined_processes(SimpleNamespace(device="cpu")):
         if environment["RANK"] == "0":
             time.sleep(0.5)
             (folder / "done").touch()
@@ -892,8 +894,8 @@ def test_nobody_leaves_early_and_the_group_is_always_destroyed(tmp_path, monkeyp
     for name, value in rendezvous(1)[0].items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
-    with pytest.raises(UserError, match="mine"), reflect_rl.joined_processes(SimpleNamespace(device="cpu")):
-        assert dist.is_initialized() and reflect_rl.world() == 1
+    with pytest.raises(UserError, match="mine"), plumbing.processes.joined_processes(SimpleNamespace(device="cpu")):
+        assert dist.is_initialized() and plumbing.processes.world() == 1
         raise UserError("mine")
     torch.set_num_threads(threads)
     assert not dist.is_initialized()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, trainers
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+import plumbing.runs
 import negatives
 import reflect_rl
 import rl
@@ -186,7 +187,7 @@ def test_ten_examples_are_learned_by_heart(stage, bases, tmp_path):
     assert any(record.mistake for record in records)
     args = argparse.Namespace(lr=2e-2, batch=10, seed=0)
     pairs = sft.examples_of(records, stage, players)
-    sft.fit(reflect_rl.Run(tmp_path, args), players, stage, pairs, records, 120, args)
+    sft.fit(plumbing.runs.Run(tmp_path, args), players, stage, pairs, records, 120, args)
     figures = read_log(tmp_path)
     assert [line["step"] for line in figures if "valid_loss" in line] == [100, 120]
     assert figures[-1]["valid_loss"] < 0.05 and figures[-1]["valid_exact"] == 1.0, figures[-1]
@@ -254,7 +255,7 @@ def test_auto_stops_at_the_minimum_of_the_held_out_loss(bases, tmp_path, monkeyp
     best = min(losses, key=losses.get)
     count = len(sft.negatives.read_records(folder / "data" / "train.jsonl"))
     for run in (folder, sft_folder(tmp_path / "cut")):  # what is left of the updates after the minimum is thrown away
-        assert reflect_rl.budget_of([run / "policy"]) == {"records": count, "updates": best, "episodes": 0}
+        assert plumbing.runs.budget_of([run / "policy"]) == {"records": count, "updates": best, "episodes": 0}
     assert 2 <= best < max(losses) == best + 6 and all(step % 2 == 0 for step in losses)
     players = reflect_rl.load_players(resolved("--base", bases["gpt2"]), {"policy": folder / "policy"})
     records = sft.negatives.read_records(folder / "data" / "valid.jsonl")
@@ -274,7 +275,7 @@ def test_auto_ends_where_the_loss_has_reached_nothing(bases, tmp_path, monkeypat
                monkeypatch=monkeypatch)
     folder = sft_folder(tmp_path)
     [updates] = {line["step"] for line in read_log(folder / "policy")[-1:]}
-    assert updates == 16 and reflect_rl.budget_of([folder / "policy"])["updates"] == 10
+    assert updates == 16 and plumbing.runs.budget_of([folder / "policy"])["updates"] == 10
 
 
 def killed_at(stop, batch_at, pairs, step, args):
@@ -283,7 +284,7 @@ def killed_at(stop, batch_at, pairs, step, args):
     return batch_at(pairs, step, args)
 
 
-@pytest.mark.parametrize("owner, name", [(sft, "batch_at"), (reflect_rl.Run, "log"), (reflect_rl.Run, "save")])
+@pytest.mark.parametrize("owner, name", [(sft, "batch_at"), (plumbing.runs.Run, "log"), (plumbing.runs.Run, "save")])
 def test_killed_at_any_update_and_resumed_equals_uninterrupted(owner, name, runs, bases, tmp_path, monkeypatch):
     """Catches a data order, a LoRA initialisation, an optimizer state or a log line that a resume forgets or repeats:
     each start does one update and dies in the next, until both stages are done."""
@@ -385,7 +386,7 @@ def test_a_second_run_waits_for_the_first(bases, runs, monkeypatch):
     monkeypatch.setattr(sft, "fit", lambda *rest: began.set())
     options = tiny_options(bases["gpt2"], runs)
     args = resolved(*options, tables=(sft.DATA_OPTIONS, sft.OPTIONS))
-    first = reflect_rl.Run(sft_folder(runs), sft.sft_args(args), resume=True)
+    first = plumbing.runs.Run(sft_folder(runs), sft.sft_args(args), resume=True)
     second = threading.Thread(target=lambda: run_script(sft, *options, monkeypatch=monkeypatch))
     second.start()
     assert not began.wait(1)

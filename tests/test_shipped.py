@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, run_script, table_of
 
 import eval as evaluation
+import plumbing.runs
 import reflect_rl
 from envs import UserError
 from reflect_rl import Step
@@ -21,10 +22,10 @@ SHIPPED = sorted(path.parent for path in (ROOT / "models" / "nano" / "adapters")
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
 def test_shipped_folders_are_runs_of_any_machine(folder):
     """Catches an adapter too large for a clone, one without its budget, and a path of the machine that made it."""
-    config = reflect_rl.read_config(folder)
+    config = plumbing.runs.read_config(folder)
     assert (config["env"], config["base"]) == (folder.name, "nano") and "runs" not in config
-    adapters = reflect_rl.adapters_of(folder)
-    assert set(adapters) == {"reflect", "policy"} and reflect_rl.budget_of(adapters.values())["episodes"] > 0
+    adapters = plumbing.runs.adapters_of(folder)
+    assert set(adapters) == {"reflect", "policy"} and plumbing.runs.budget_of(adapters.values())["episodes"] > 0
     for adapter in adapters.values():
         told = json.loads((adapter / "adapter_config.json").read_text())
         assert told["base_model_name_or_path"] == "models/nano"
@@ -45,7 +46,7 @@ def test_who_plays(tmp_path, bases, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "PANEL", 6)
     run_script(evaluation, "--run", mine, "--repeats", 1, monkeypatch=monkeypatch)
     *budget, success = table_of(capsys.readouterr().out)["mine"][:4]
-    assert budget == list(map(str, reflect_rl.budget_of([mine / "reflect", mine / "policy"]).values()))
+    assert budget == list(map(str, plumbing.runs.budget_of([mine / "reflect", mine / "policy"]).values()))
     assert float(success.rstrip("%")) > 60
 
 

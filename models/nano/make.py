@@ -35,18 +35,9 @@ sys.path.append(str(ROOT))  # the folder of envs.py
 import envs  # noqa: E402
 import negatives  # noqa: E402
 from envs import UserError  # noqa: E402
-from reflect_rl import (  # noqa: E402
-    ACTION_HEADER,
-    LABELS,
-    NANO,
-    Labels,
-    Players,
-    add_options,
-    encode,
-    load_base,
-    policy_prompt,
-    write,
-)
+from plumbing.options import add_options  # noqa: E402
+from plumbing.runs import write  # noqa: E402
+from reflect_rl import ACTION_HEADER, LABELS, NANO, Labels, Players, encode, load_base, policy_prompt  # noqa: E402
 from sft import collate, loss_of  # noqa: E402
 
 checks = envs.beside("../models/checks.py")
