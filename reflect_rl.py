@@ -23,7 +23,6 @@ import collections
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import os
 import random
@@ -33,20 +32,17 @@ import sys
 import time
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 from transformers.pytorch_utils import Conv1D
 
 import envs
 from envs import UserError
 from plumbing.options import COMMON, add_options, env_factory, parse_args
-from plumbing.runs import adapters_of, as_trained, runs_of, write
+from plumbing.runs import adapters_of, as_trained, runs_of
+from plumbing.weights import read_adapter, read_base, write_adapter
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
 NANO = Path(__file__).parent / "models" / "nano"
 WATCH_PAUSE = 1.0  # seconds a step
 
@@ -322,64 +318,19 @@ def adapter_parameters(model, name):
     return list(adapter_tensors(model, name).values())
 
 
-def hub_name(path):
-    """What a base is called elsewhere: a folder of the hub's cache by its name on the hub."""
-    found = re.search(r"models--([^/]+)/snapshots/", Path(path).as_posix())
-    return found[1].replace("--", "/") if found else path
-
-
 def save_adapter(model, name, folder):
-    """Write an adapter in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`."""
-    folder = Path(folder)
+    """Write an adapter in PEFT's format."""
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
     first = next(iter(layers.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": len(first.lora_A[name]),
-        "lora_alpha": first.scale[name] * len(first.lora_A[name]),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": isinstance(first.base, Conv1D),
-        "inference_mode": True,
-        "base_model_name_or_path": hub_name(model.name_or_path),
-        "target_modules": sorted(layers),
-    }
-    tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_tensors(model, name).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    write(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")  # last: it says "complete"
-
-
-# PEFT's fields that say where an adapter came from, how it was trained or on which layers it sits, which its tensors
-# say, too. Any other one that is set would change what it computes.
-HARMLESS = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
-            "inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "init_lora_weights",
-            "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "loftq_config", "eva_config",
-            "corda_config", "megatron_config", "megatron_core", "qalora_group_size"}
-PLAIN_INIT = ("True", "False", "None", "gaussian", "orthogonal", "eva")  # the others change the base as well
+    r = len(first.lora_A[name])
+    fields = {"r": r, "lora_alpha": first.scale[name] * r, "fan_in_fan_out": isinstance(first.base, Conv1D),
+              "base_model_name_or_path": model.name_or_path, "target_modules": sorted(layers)}
+    write_adapter(folder, fields, adapter_tensors(model, name))
 
 
 def load_adapter(model, name, folder):
     """Read an adapter in PEFT's format, ours or `peft`'s, under a name; the model may be bare or carry others."""
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        saved = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-        r, alpha, kind = config["r"], config["lora_alpha"], config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder} holds no complete adapter: {error!r}") from None
-    if kind != "LORA" or config.get("bias", "none") != "none":
-        raise UserError(f"{folder}: only plain LoRA without biases is supported, not {kind}")
-    refused = [field for field in config if config[field] and field not in HARMLESS]
-    if str(config.get("init_lora_weights")) not in PLAIN_INIT:
-        refused.append(f"init_lora_weights {config['init_lora_weights']}")
-    if refused:
-        raise UserError(f"{folder}: only plain LoRA is supported, not {', '.join(refused)}")
-    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
-        raise UserError(f"{folder}: r {r!r} and lora_alpha {alpha!r} are no rank and no number")
-    if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
-        raise UserError(f"{folder} has weights that are not finite")
+    r, alpha, saved = read_adapter(folder)
     add_adapter(model, name, r, alpha, {key.split(".lora_")[0].removeprefix("base_model.model.") for key in saved})
     parameters = adapter_tensors(model, name)
     if {key: p.shape for key, p in parameters.items()} != {key: tensor.shape for key, tensor in saved.items()}:
@@ -424,28 +375,7 @@ def load_base(path="nano", device="cpu", dtype="fp32"):
     `dtype`: of the frozen weights, see `--dtype`. Code that comes with a checkpoint is never run.
     """
     path = NANO if path == "nano" else path
-    is_folder = os.path.isdir(path)
-    if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
-        raise UserError(f"{path} is no directory")  # nor a name of the hub, which would be asked for a minute
-    if is_folder and not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(f"{path} is no causal LM: it has no config.json")  # an adapter would have its base loaded
-    weights = torch.bfloat16 if dtype == "bf16" else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=weights, trust_remote_code=False,
-                                                           output_loading_info=True, ignore_mismatched_sizes=True)
-    except Exception as error:  # a damaged file may raise anything
-        what = "causal LM with a tokenizer" if is_folder else "directory, and no causal LM from the hub"
-        raise UserError(f"{path} is no {what}: {one_line(str(error) or repr(error))[:300]}") from None
-    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if lacking:  # transformers would draw them at random
-        raise UserError(f"{path} has no weights of the right shape of {', '.join(lacking)[:200]}")
-    names, unused = dict(model.named_parameters()), sorted(info["unexpected_keys"])
-    scales = [key for key in unused if key.rpartition("weight")[0] + "weight" in names]  # `x.weight_scale_inv`
-    if getattr(model.config, "quantization_config", None) or scales:
-        raise UserError(f"{path} is quantised: {', '.join(scales)[:200] or 'load it in full precision first'}")
-    if unused:
-        print(f"note: {path} has {len(unused)} tensors that this model does not use, such as {unused[0]}")
+    model, tokenizer = read_base(path, torch.bfloat16 if dtype == "bf16" else torch.float32)
     model = model.to(device).eval()  # eval(): dropout stays off in every stage, LoRA has none
     envs.beside("../models/checks.py").check_base(model, tokenizer, path)
     return model, tokenizer
