@@ -52,7 +52,7 @@ def stages_of(env, on=True, milestone=True, given=(), authors=False):
     `authors`: the stages of their code, where they are others.
     """
     table = env.curriculum if on else [("all", 1.0)]
-    for cls, built_in in (CURRICULA | AUTHORS if authors else CURRICULA).items():
+    for cls, built_in in (CURRICULA | (AUTHORS if authors else {})).items():
         if isinstance(env, cls):
             table = table or built_in
     stages = [Stage(*row) for row in table or [("all", 1.0)]]

@@ -3,8 +3,8 @@
 One panel a split, the same for everything that is compared: every task of the split, played `--repeats` times when
 actions are sampled (temperature 1), once when they are greedy. Success is the environment's own verdict. Intervals are
 95% bootstrap over what episodes share (`Env.cluster`: a start, a room, a repository) and over seeds, since repeats of
-one start are not independent; differences are paired, episode by episode. What was played is kept in the run's folder
-(`episodes/`), so that a table is drawn again without playing.
+one start are not independent; differences are paired, episode by episode. What a run has played is kept in its folder
+(`episodes/`), so that its row is drawn again without playing.
 
     python eval.py --env taxi              # a table of all runs found
     python eval.py --run runs/taxi-rl-s0 --split valid
@@ -15,6 +15,7 @@ one start are not independent; differences are paired, episode by episode. What 
 import argparse
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import random
@@ -28,7 +29,7 @@ import envs
 from envs import UserError
 from plumbing.curves import plot
 from plumbing.options import COMMON, add_options, env_factory, parse_args
-from plumbing.rows import write_rows
+from plumbing.rows import print_markdown, write_rows
 from plumbing.runs import adapters_of, as_trained, budget_of, read_config, runs_of, write
 from reflect_rl import Episode, Step, load_players, play
 
@@ -49,15 +50,6 @@ DRAWS = 10_000  # of the bootstrap
 
 # ---------------------------------------------------------------------------------------------------------
 # Figures
-
-
-def wilson(successes, n, z=1.96):
-    """95% Wilson score interval of a success rate, `(low, high)`."""
-    if n == 0:
-        return 0.0, 1.0
-    p = successes / n
-    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
 
 
 def bootstrap(sums, counts):
@@ -88,8 +80,9 @@ def by_cluster(runs, env):
 def interval(runs, env):
     """95% interval of the success rate of some seeds' episodes on one panel."""
     sums, counts = by_cluster(runs, env)
-    if sums.sum() in (0, counts.sum()):  # all alike: nothing to draw from, and the clusters are the sample
-        return wilson(sums.shape[1] if sums.any() else 0, sums.shape[1])
+    if sums.sum() in (0, counts.sum()):  # all ended alike: Wilson's interval of as many trials as there are clusters
+        edge = 1.96**2 / (sums.shape[1] + 1.96**2)
+        return (1 - edge, 1.0) if sums.any() else (0.0, edge)
     return bootstrap(sums, counts)
 
 
@@ -157,15 +150,12 @@ def row(name, make_actor, args, folder=None, adapters=(), greedy=True):
     where the same players have played the same panel. `greedy=False`: the actor has no most probable action."""
     make_env, panel, known = env_factory(args), panel_of(args, adapters), {}
     played, actor = {"sampled": [], "greedy": []}, None
-    for kind in played:
+    for kind in ("sampled", "greedy") if greedy else ("sampled",):
         path = folder and Path(folder) / "episodes" / f"{args.split}-{kind}-{digest(panel)[:6]}.jsonl"
         episodes = read_episodes(path) if path else None
         if episodes is None:
             actor = actor or make_actor()
-            if kind == "greedy" and not greedy:
-                episodes = []
-            else:
-                episodes = evaluate(actor, make_env, args.split, args.repeats, kind == "greedy", known)
+            episodes = evaluate(actor, make_env, args.split, args.repeats, kind == "greedy", known)
             if path:
                 path.parent.mkdir(exist_ok=True)
                 lines = [panel, *map(dataclasses.asdict, episodes)]
@@ -179,6 +169,8 @@ def panel_of(args, adapters):
     env = env_factory(args)()
     panel = {"split": args.split, "repeats": args.repeats, "panel": PANEL, "env_option": sorted(args.env_option)}
     panel |= {"base": args.base, "dtype": args.dtype, "max_reflection": args.max_reflection, "horizon": env.horizon}
+    if args.env not in envs.ENVS:  # a game of your own, which you may change
+        panel["source"] = digest(inspect.getsource(inspect.getmodule(type(env))))
     weights = [(path / "adapter_model.safetensors").read_bytes() for path in adapters]
     return panel | {"tasks": digest(env.tasks(args.split)), "players": [hashlib.sha256(w).hexdigest() for w in weights]}
 
@@ -209,16 +201,17 @@ def baseline_rows(args):
 
 def run_rows(folder, args):
     """The lines of one run, played as it was trained: an RL run has one policy, an SFT run up to two."""
-    folder, rows = Path(folder), []
-    args, named = as_trained(args, folder), {}
+    folder, found = Path(folder), []  # (name, where its episodes are kept, its adapters)
+    args = as_trained(args, folder)
     if "updates" in read_config(folder):
-        named[folder.name, folder] = adapters_of(folder)
+        found.append((folder.name, folder, adapters_of(folder)))
     else:
         if (folder / "plain" / "adapter_config.json").is_file():
-            named[f"{folder.name} without reflection", folder / "plain"] = {"policy": folder / "plain"}
+            found.append((f"{folder.name} without reflection", folder / "plain", {"policy": folder / "plain"}))
         if (folder / "policy" / "adapter_config.json").is_file():
-            named[f"{folder.name} with reflection", folder / "policy"] = adapters_of(folder)
-    for (name, place), adapters in named.items():
+            found.append((f"{folder.name} with reflection", folder / "policy", adapters_of(folder)))
+    rows = []
+    for name, place, adapters in found:
         rows.append(row(name, lambda on=adapters: load_players(args, on), args, place, adapters.values()))
     return rows
 
@@ -227,16 +220,12 @@ def pooled(rows):
     """One row for each kind of run of which there are several seeds: `taxi-rl`, of taxi-rl-s0 and taxi-rl-s1."""
     kinds = {}
     for r in rows:
-        kinds.setdefault(re.sub(r"-s\d+(-[0-9a-f]{6})?", "", r["name"]), []).append(r)
+        kinds.setdefault(re.sub(r"-s\d+", "", r["name"]), []).append(r)
     found = []
     for kind, seeds in kinds.items():
         if len(seeds) > 1:
-            whole = {**seeds[0], "name": f"{kind}, {len(seeds)} seeds"}
-            for other in seeds[1:]:
-                whole["sampled"] = whole["sampled"] + other["sampled"]
-                whole["greedy"] = whole["greedy"] + other["greedy"]
-                whole["budget"] = whole["budget"] + other["budget"]
-            found.append(whole)
+            whole = {key: sum((r[key] for r in seeds), []) for key in ("sampled", "greedy", "budget")}
+            found.append({**seeds[0], **whole, "name": f"{kind}, {len(seeds)} seeds"})
     return found
 
 
@@ -292,13 +281,8 @@ def print_table(rows):
     tables = {heading: all_of_them, "The sampled episodes by group of tasks": by_group,
               "Differences on the same sampled episodes, paired": differences}
     for title, (head, *body) in tables.items():
-        if not body:
-            continue
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        print(f"\n{title}\n")
-        for name, *cells in [head, ["-" * width for width in widths], *body]:
-            padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-            print("| " + " | ".join([f"{name:{widths[0]}}", *padded]) + " |")
+        if body:
+            print_markdown(title, head, body)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -13,16 +13,15 @@ reproducible and right. An environment of your own brings its teacher as a metho
 
 import argparse
 import dataclasses
-import functools
 import json
 import random
-import re
 from pathlib import Path
 
 import envs
 from envs import UserError
 from plumbing.options import COMMON, add_options, env_factory, parse_args, short_name
 from plumbing.runs import write
+from plumbing.words import spelt_words_of, stem, stems_of
 from reflect_rl import ACTION_HEADER, one_line, reflector_prompt
 
 OPTIONS = {
@@ -64,39 +63,8 @@ class Record:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# AutoExplore's words and sentences. The makers of its data compare words the same way. The base LM's corpus has the
-# same sentences (models/nano/make.py): the base can finish these already, and would have to learn others first.
-
-# These say nothing about what a file is about.
-STOP = """
-    a about after all also among an and any are as at be been before but by can code defines described do does each
-    every explains file for from gives had has have how if in into is it its just kept may more most must never no
-    not of off on one only or other our out over per read say says set sets settings should so some than that the
-    their them then there these they this those through to too two under up use used uses was were what when where
-    which while who will with without you your table"""
-STOP = frozenset(STOP.split())
-
-
-def spelt_words_of(text):
-    """The words of a text that carry meaning, as spelt and in order; `snake_case` and `camelCase` are split."""
-    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
-    return [word for word in re.findall(r"[^\W\d_]{3,}", text) if word.lower() not in STOP]
-
-
-def words_of(text):
-    """The same in lower case: what is compared."""
-    return [word.lower() for word in spelt_words_of(text)]
-
-
-@functools.lru_cache(maxsize=100_000)
-def stem(word):
-    """What words of one family share: roast of `roasts`, `roasted`, `roaster`, `roasting`."""
-    word = re.sub(r"(?<=...)(ings?|ers?|ies|y|ed|es|s|e)$", "", word)
-    return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word  # shipp(ing) is ship
-
-
-def stems_of(text):
-    return {stem(word) for word in words_of(text)}
+# AutoExplore's sentences. The base LM's corpus has the same (models/nano/make.py): the base can finish these already,
+# and would have to learn others first.
 
 
 def asked(env):
@@ -267,31 +235,33 @@ def steps_left(env, options, seed, actions):
     return steps if info["success"] else None
 
 
-def perturbation(env, options, seed, history, candidates, rng):
-    """One of the `candidates` that neither ends the episode nor brings the expert nearer to its goal; None if none is.
+def perturbation(env, options, seed, history, count, rng):
+    """An action that neither ends the episode nor brings the expert nearer to its goal; None if there is none.
 
-    It is one of `env.mistakes()`; if the environment does not know them, each action is tried and the expert plays
-    on to the end. The environment stays where it was.
+    It is one of `env.mistakes()`; if the environment does not know them, each of the `count` actions is tried and the
+    expert plays on to the end. The environment stays where it was.
     """
     known = env.mistakes()
     if known is not None:
         return rng.choice(known) if known else None
     here = steps_left(env, options, seed, history)
-    rng.shuffle(candidates)
-    for action in candidates:
+    actions, found = list(range(count)), None
+    rng.shuffle(actions)
+    for action in actions:
+        # 0 where the action itself ended the episode, None where the expert no longer gets there.
         left = steps_left(env, options, seed, [*history, action])
-        if left and (here is None or left >= here):  # still winnable, and no nearer
+        if left and (here is None or left >= here):
+            found = action
             break
-    else:
-        action = None
     replay(env, options, seed, history)
-    return action
+    return found
 
 
 def trajectory(env, options, number, negative, seed, teacher=True):
     """One expert trajectory as `Record`s; None if the expert does not reach the goal.
 
-    Without a teacher the last action stands for the reflection: what another one needs to know (models/endpoint.py).
+    `teacher=False`: in place of a reflection stands the action taken before, which another teacher is told
+    (models/endpoint.py).
 
     A negative one has a mistake at a random step, and about two more anywhere: also after a mistake, also at the goal.
     With a single mistake each, the reflector learned to call nothing a mistake. A few trajectories of AutoExplore have
@@ -312,7 +282,7 @@ def trajectory(env, options, number, negative, seed, teacher=True):
         records.append(Record(number, negative, mistake, state, words, actions, action))
         detour = None
         if negative and (len(history) == certain or rng.random() < share):
-            detour = perturbation(env, options, seed, history, list(range(len(actions))), rng)
+            detour = perturbation(env, options, seed, history, len(actions), rng)
         mistake = detour is not None
         history.append(detour if mistake else action)
         last = actions[history[-1]]
@@ -376,7 +346,7 @@ def read_records(path):
 
 
 def hold_out(records):
-    """`{"train": ..., "valid": ...}`: every sixth trajectory is held out; of fewer, all are in both."""
+    """`{"train": ..., "valid": ...}`: every sixth trajectory is held out; with fewer than six all are in both."""
     # Whole trajectories: the states of one are alike.
     held = set(sorted({record.trajectory for record in records})[5::6])
     train = [record for record in records if record.trajectory not in held]
@@ -399,7 +369,7 @@ def teacher_data(folder, make_env, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write a teacher data set and show it.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Write a teacher data set and show it.")
     own = {
         "split": ("train", "split of the tasks"),
         "out": ("", "JSONL file to write; RUNS/ENV-data.jsonl if empty"),

@@ -28,8 +28,6 @@ import os
 import random
 import re
 import string
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -41,10 +39,10 @@ import envs
 from envs import UserError
 from plumbing.options import COMMON, add_options, env_factory, parse_args
 from plumbing.runs import adapters_of, as_trained, runs_of
-from plumbing.weights import read_adapter, read_base, write_adapter
+from plumbing.show import show, watch
+from plumbing.weights import plain_layers, read_adapter, read_base, write_adapter
 
 NANO = Path(__file__).parent / "models" / "nano"
-WATCH_PAUSE = 1.0  # seconds a step
 
 # ---------------------------------------------------------------------------------------------------------
 # Prompts: one builder for SFT, RL and evaluation
@@ -215,7 +213,7 @@ class LoRALinear(nn.Module):
         return self.base(x) + F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
 
     def merges(self, x):
-        """Whether W + B A, made for this call only, is the faster way: many tokens, and no gradient is wanted.
+        """Whether W + B A, made for this call only, is the faster way (by a fifth, on nano): many tokens, no gradient.
 
         Not in bf16, where a small B A would vanish in the rounding of W.
         """
@@ -227,53 +225,9 @@ def lora_layers(model):
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def plain_layers(model):
-    """`{path: layer}` of the linear layers that LoRA can change: those that a pass over text calls, but the LM head.
-
-    A vision tower is not called. A layer whose weight another module reads by itself (Mamba's fast path) is left alone,
-    as `peft` does. Of the experts of a mixture a pass calls a few, and all count; where they are one fused tensor,
-    `peft` takes the names of other layers' projections for theirs, so those are left alone, too.
-    """
-    layers, called = {}, set()
-    fused = any("experts" in path and weight.ndim == 3 for path, weight in model.named_parameters())
-    for path, module in model.named_modules():
-        parent, _, leaf = path.rpartition(".")
-        if not isinstance(module, (nn.Linear, Conv1D, LoRALinear)) or module is model.get_output_embeddings():
-            continue
-        if fused and leaf in ("gate_proj", "up_proj", "down_proj"):
-            continue
-        code = source_of(type(model.get_submodule(parent)))
-        if leaf != "base" and not re.search(rf"self\.{leaf}\.weight\b(?!\.dtype)", code):
-            layers[path] = module
-
-    def kind(path):
-        return re.sub(r"\d+", "*", path)
-
-    def note(path, result):
-        if isinstance(result, torch.Tensor):  # a router may give more
-            called.add(kind(path))
-
-    hooks = []
-    for path, layer in layers.items():
-        hooks.append(layer.register_forward_hook(lambda layer, x, result, path=path: note(path, result)))
-    with torch.no_grad():
-        model(probe(model), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return {path: layer for path, layer in layers.items() if kind(path) in called}
-
-
 def probe(model):
     """A short text, (1, 8): tokens from the middle of the vocabulary, since its first ones may be padding."""
     return torch.arange(8, device=model.device)[None] + model.get_input_embeddings().weight.shape[0] // 2
-
-
-@functools.cache
-def source_of(cls):
-    try:
-        return inspect.getsource(cls)
-    except OSError:  # made at run time
-        return ""
 
 
 def add_adapter(model, name, r=16, alpha=8, targets=None):
@@ -283,7 +237,7 @@ def add_adapter(model, name, r=16, alpha=8, targets=None):
     """
     if not lora_layers(model):
         model.requires_grad_(False)
-    layers, unknown = plain_layers(model), set(targets or ())
+    layers, unknown = plain_layers(model, (nn.Linear, Conv1D, LoRALinear), probe(model)), set(targets or ())
     for path in list(layers) if targets else ():
         names = {path, path.rpartition(".")[2]}
         unknown -= names
@@ -356,7 +310,7 @@ class Step:
     reflection: str | None = None
     prompt: str = ""  # of the policy
     ids: list = None  # token ids of the prompt
-    menu: tuple = ()  # label token ids of the actions
+    label_ids: tuple = ()  # tokens that name the actions
     log_probs: list = None  # of all actions
     action: int = -1  # index of the one taken
     reward: float = 0.0
@@ -427,25 +381,20 @@ class Players:
         self.counts = collections.Counter(hits=0, misses=0, cuts=0)  # of reflections: known, written, cut off
 
     @functools.cached_property
-    def counts_from_0(self):
-        """Whether the model takes positions and counts them from 0, as most do."""
-        if not takes(self.model, "position_ids"):
+    def can_pad(self):
+        """Whether rows of several lengths can be decoded together: with a mask, and positions that count from 0.
+
+        A state that is updated token by token (Mamba and its kind) would take in the padding, and no row can leave it.
+        """
+        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
+        stateful = self.model._is_stateful or kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+        if stateful or not takes(self.model, "position_ids", "attention_mask", "past_key_values"):
             return False
         ids = probe(self.model)
         with torch.no_grad(), self.autocast():
             own = self.model(ids).logits
             ours = self.model(ids, position_ids=torch.arange(8, device=self.device)[None]).logits
         return torch.allclose(own, ours, atol=1e-3 * own.abs().max().item())
-
-    @functools.cached_property
-    def can_pad(self):
-        """Whether rows of several lengths can be decoded together.
-
-        A state that is updated token by token (Mamba and its kind) would take in the padding, and no row can leave it.
-        """
-        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
-        stateful = self.model._is_stateful or kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-        return not stateful and self.counts_from_0 and takes(self.model, "attention_mask", "past_key_values")
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "autocast")
@@ -473,20 +422,14 @@ class Players:
         return texts
 
     def generate(self, prompts):
-        """Greedy decoding until EOS, all prompts at once where the model can pad, else those of one length."""
+        """Greedy decoding until EOS, all prompts at once where the model can pad, else one by one."""
         use_adapter(self.model, "reflect")
-        prompts = encode_all(self.tokenizer, prompts)
-        self.check_length(prompts, room=self.max_reflection)
-        groups = collections.defaultdict(list)  # numbers of the prompts that are decoded together
-        for number, prompt in enumerate(prompts):
-            groups[0 if self.can_pad else len(prompt)].append(number)
-        texts = dict.fromkeys(range(len(prompts)))  # in the order of the prompts
-        for numbers in groups.values():
-            texts.update(zip(numbers, self.decode([prompts[number] for number in numbers]), strict=True))
-        return list(texts.values())
+        rows = encode_all(self.tokenizer, prompts)
+        self.check_length(rows, room=self.max_reflection)
+        return self.decode(rows) if self.can_pad else [text for row in rows for text in self.decode([row])]
 
     def decode(self, rows):
-        """Rows of token ids -> the texts that follow, with a KV cache; where it can, a finished row leaves the batch.
+        """Rows of token ids -> the texts that follow, with a KV cache; a row that has ended leaves the batch.
 
         Left-padded, so that all go on from the last position. The mask comes from lengths: a padding id that equals EOS
         does no harm.
@@ -497,29 +440,26 @@ class Players:
             ids.append(padding + row)
             mask.append(padding + [1] * len(row))
         ids, mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-        # playing: the number of the row that stands at each place of the batch; going: those that have not ended
-        playing, going = list(range(len(rows))), set(range(len(rows)))
+        going = list(range(len(rows)))  # the number of the row that stands at each place of the batch
         written, cache, use_cache = [[] for _ in rows], None, takes(self.model, self.cache_name)
         for _ in range(self.max_reflection):
-            inputs = {"attention_mask": mask} if self.can_pad else {}
-            if self.counts_from_0:
-                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            if cache:
-                inputs[self.cache_name] = cache
+            inputs = {self.cache_name: cache} if cache else {}
+            if self.can_pad:
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                inputs |= {"attention_mask": mask, "position_ids": positions}
             with self.autocast():
                 output = self.model(ids, use_cache=use_cache, **inputs, **self.last_logits)
             token, cache = output.logits[:, -1].argmax(-1), output.get(self.cache_name)  # (B,)
-            for number, t in zip(playing, token.tolist(), strict=True):
-                if t == self.tokenizer.eos_token_id:
-                    going.discard(number)
-                elif number in going:
-                    written[number].append(t)
+            kept = []  # places of the rows that go on
+            for place, t in enumerate(token.tolist()):
+                if t != self.tokenizer.eos_token_id:
+                    written[going[place]].append(t)
+                    kept.append(place)
+            going = [going[place] for place in kept]
             if not going:
                 break
-            if self.can_pad and len(going) < len(playing):
-                kept = torch.tensor([place for place, number in enumerate(playing) if number in going])
-                playing = [playing[place] for place in kept.tolist()]
-                kept = kept.to(self.device)
+            if len(kept) < len(token):
+                kept = torch.tensor(kept, device=self.device)
                 token, mask = token[kept], mask[kept]
                 cache.batch_select_indices(kept)
             use_cache = bool(cache)  # without one the whole texts are read again
@@ -530,10 +470,6 @@ class Players:
         for number in going:  # end a cut text with its last whole sentence, as SFT's texts do
             texts[number] = texts[number][: texts[number].rfind(".") + 1] or texts[number]
         return texts
-
-    def cache_hits(self):
-        """The share of states whose reflection was known, since `counts` was cleared."""
-        return self.counts["hits"] / max(1, self.counts["hits"] + self.counts["misses"])
 
     # Player 2
 
@@ -546,8 +482,9 @@ class Players:
             reflections = self.reflect(states) if self.reflection else [None] * len(states)
         steps = []
         for state, actions, reflection in zip(states, menus, reflections, strict=True):
-            labels, menu = self.labels(actions)
-            steps.append(Step(state, actions, reflection, policy_prompt(state, reflection, actions, labels), menu=menu))
+            labels, ids = self.labels(actions)
+            prompt = policy_prompt(state, reflection, actions, labels)
+            steps.append(Step(state, actions, reflection, prompt, label_ids=ids))
         # All prompts of a turn at once: the tokenizer is fast on many texts.
         for step, ids in zip(steps, encode_all(self.tokenizer, [step.prompt for step in steps]), strict=True):
             step.ids = ids
@@ -567,7 +504,7 @@ class Players:
         use_adapter(self.model, adapter)
         self.check_length(rows)
         ends = torch.tensor([len(row) - 1 for row in rows], device=self.device)  # (B,)
-        keep, place = ends.unique(return_inverse=True)
+        keep, place = ends.unique(return_inverse=True)  # where a row ends, and which of these places is each row's
         with self.autocast():
             output = forward(self.model, right_pad(rows, self.device), keep, output_hidden_states=hidden)
         logits = output.logits[range(len(rows)), place][index]  # (B, V)
@@ -575,12 +512,12 @@ class Players:
 
     def log_probs(self, logits, steps):
         """Log-probabilities of the actions, (B, A) in fp32: row b has len(steps[b].menu) valid ones, the rest -inf."""
-        longest = max(len(step.menu) for step in steps)
+        longest = max(len(step.label_ids) for step in steps)
         ids = torch.zeros(len(steps), longest, dtype=torch.long)
         valid = torch.zeros(len(steps), longest, dtype=torch.bool)
         for row, step in enumerate(steps):
-            ids[row, : len(step.menu)] = torch.tensor(step.menu)
-            valid[row, : len(step.menu)] = True
+            ids[row, : len(step.label_ids)] = torch.tensor(step.label_ids)
+            valid[row, : len(step.label_ids)] = True
         # Invalid actions get no probability at all: the softmax is over the columns of this menu.
         chosen = logits.float().gather(1, ids.to(logits.device))  # (B, A)
         return chosen.masked_fill(~valid.to(logits.device), -torch.inf).log_softmax(-1)
@@ -595,14 +532,15 @@ class Players:
             if any(math.isnan(row[0]) for row in rows):  # one logit that is not finite makes the whole row NaN
                 raise UserError("the model's outputs are not finite: a damaged base, or too large a learning rate")
             for step, row in zip(part, rows, strict=True):
-                step.log_probs = row[: len(step.menu)]
+                step.log_probs = row[: len(step.label_ids)]
 
     # Both
 
     def __call__(self, episodes, known):
         """The next step of each episode: what `play` asks of an actor.
 
-        A state in the dict `known` is decided as before: no weight changes while playing.
+        What is in the dict `known` keeps its reflection and probabilities: no weight changes while playing. Only the
+        action is drawn again.
         """
         keys = [(episode.state, episode.actions) for episode in episodes]
         new = [key for key in dict.fromkeys(keys) if key not in known]  # each once, in order
@@ -622,7 +560,7 @@ class Episode:
     """A task while it is played, and afterwards: `state` and `actions` are those that come next."""
 
     task: object
-    rng: random.Random = None  # its own, and none when it is over; so is the environment
+    rng: random.Random = None  # its own; None when the episode is over, as is the environment
     env: object = None
     state: str = ""
     actions: tuple = ()
@@ -681,58 +619,11 @@ def play(actor, make_env, tasks, options=None, seed=0, numbers=None, greedy=Fals
             playing.append(episode)
         for episode, step in zip(playing, actor(playing, known), strict=True):
             episode.take(step, greedy)
-        still = []
-        for episode in playing:
             if episode.over:
                 free.append(episode.env)
                 episode.env = episode.rng = None
-            else:
-                still.append(episode)
-        playing = still
+        playing = [episode for episode in playing if not episode.over]
     return episodes
-
-
-def show_step(step, width=0):
-    """A step as text: state, reflection, menu with probabilities, the action taken (>), the reward.
-
-    With a `width` each probability is a bar as well.
-    """
-    lines = [step.state]
-    if step.reflection is not None:
-        lines += ["# Analyze:", step.reflection]
-    for i, (action, log_prob) in enumerate(zip(step.actions, step.log_probs, strict=True)):
-        p, mark = math.exp(log_prob), ">" if i == step.action else " "
-        bar = f"{'█' * round(width * p):{width}}  " if width else ""
-        lines.append(f"  {mark} {p:6.1%}  {bar}{action}")
-    return "\n".join([*lines, f"reward {step.reward:+.2f}\n"])
-
-
-def outcome(episode):
-    """How an episode ended, in a word: the environment's own verdict, never one made from the return."""
-    return "success" if episode.success else "failure" if episode.terminated else "out of time"
-
-
-def ending(episode):
-    return f"{outcome(episode)} after {len(episode.steps)} steps, return {episode.total:+.2f}"
-
-
-def show(episode):
-    """An episode as text: each step, and how it ended."""
-    return "\n".join([*map(show_step, episode.steps), ending(episode)])
-
-
-def watch(episode):
-    """Print an episode step by step, on a terminal each in the place of the one before; the last state ends it."""
-    frames = [show_step(step, width=30) for step in episode.steps]
-    frames.append(f"{episode.state}\n\n{ending(episode)}")
-    if not sys.stdout.isatty():
-        return print("\n".join(frames))
-    try:
-        for frame in frames:
-            print(f"\x1b[?25l\x1b[H\x1b[J{frame}", flush=True)  # hide the cursor, go to the top left, clear the screen
-            time.sleep(WATCH_PAUSE)
-    finally:
-        print("\x1b[?25h", end="", flush=True)  # the cursor again, also after Ctrl-C
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import dataclasses
 import math
 import os
 import random
+import statistics
 import time
 from pathlib import Path
 
@@ -44,8 +45,9 @@ from envs import UserError
 from plumbing.options import COMMON, add_options, env_factory, parse_args, short_name
 from plumbing.processes import gather, joined_processes, rank, sum_gradients, world
 from plumbing.runs import Run, budget_of, check_settings, write_budget
+from plumbing.show import show
 from reflect_rl import (
-    Episode, Step, adapter_parameters, add_adapter, load_adapter, load_players, play, save_adapter, show,
+    Episode, Step, adapter_parameters, add_adapter, load_adapter, load_players, play, save_adapter, use_adapter,
 )
 
 checks = envs.beside("../models/checks.py")
@@ -60,10 +62,10 @@ OPTIONS = {
     "algo": ("reinforce", "see the table at the top of rl.py", tuple(ALGORITHMS)),
     "updates": (100, "batches of episodes", 1),
     "episodes": (32, "episodes in a batch", 1),
-    "rl_lr": (1e-3, "peak learning rate; falls linearly to a fifth", 0.0),
+    "rl_lr": (1e-3, "peak learning rate; rises over the first tenth, then falls linearly to a fifth", 0.0),
     "entropy": (0.03, "weight of the entropy bonus; falls linearly to 0", 0.0),
     "kl": (0.0, "weight of the exact KL divergence from the SFT policy", 0.0),
-    "replay": (0, "earlier successes learned from again in each batch, weighted; reinforce and ppo", 0),
+    "replay": (0, "earlier successes learned from again in each batch, weighted; reinforce, ppo, paper", 0),
     "reflection": (True, "ablation: no reflector"),
     "sft": (True, "ablation: RL from the untuned policy; the reflector is trained"),
     "curriculum": (True, "ablation: the task itself from the first update"),
@@ -75,7 +77,7 @@ OPTIONS = {
 GAMMA, GAE_LAMBDA = 0.97, 0.95  # discount; lambda of GAE
 CLIP_NORM = 0.3  # largest norm of a gradient, the paper's
 CLIP_RATIO = 0.2  # epsilon of the clipped ratio
-TARGET_KL = 0.045  # nats; ppo and grpo leave a batch when the policy has moved this far
+TARGET_KL = 0.045  # nats; ppo leaves a batch when an epoch has moved the policy this far
 CRITIC_LR = 3e-3
 REPLAY_BUFFER = 256  # successes kept to be replayed
 SHOW_EVERY = 25  # updates between episodes that are printed whole
@@ -162,6 +164,7 @@ def give_advantages(episodes, args, players, critic):
     flat = torch.tensor(sum(advantages, []))
     if args.algo == "ppo":
         flat = flat - flat.mean()
+    # One scale for all stages. REINFORCE's and RLOO's have been centred by their baselines.
     if args.algo not in ("grpo", "paper"):  # GRPO's are standardised already, the paper's never
         flat = flat / (flat.std(correction=0) + 1e-6)
     for step, advantage in zip(steps_of(episodes), flat.tolist(), strict=True):
@@ -283,6 +286,7 @@ def update(steps, players, critic, optimizer, args, number):
     for group, peak in zip(optimizer.param_groups, (args.rl_lr, CRITIC_LR), strict=False):
         group["lr"] = peak * warm_up * (0.2 + 0.8 * left)
 
+    policy_norms = []  # of the policy's gradient, before clipping
     for epoch in range(args.epochs):
         shuffled = random.Random(f"{args.seed}/{number}/{epoch}").sample(steps, len(steps))
         size, sums = -(-len(steps) // args.minibatches), collections.Counter()
@@ -292,6 +296,7 @@ def update(steps, players, critic, optimizer, args, number):
             mine = sorted(batch[rank() :: world()], key=lambda step: (len(step.ids), step.prompt))
             for i in range(0, len(mine), args.micro_batch):
                 part = mine[i : i + args.micro_batch]
+                # The entropy bonus falls to 0: exploration first, and in the end nothing but the return.
                 loss = loss_of(part, players, critic, args, args.entropy * left, sums)
                 # Summed over micro-batches and processes this is the gradient of the whole batch.
                 (loss * len(part) / len(batch)).backward()
@@ -299,6 +304,7 @@ def update(steps, players, critic, optimizer, args, number):
             for group in optimizer.param_groups:  # the policy's and the critic's are clipped apart
                 sum_gradients(group["params"])
                 norms.append(nn.utils.clip_grad_norm_(group["params"], CLIP_NORM).item())
+            policy_norms.append(norms[0])
             if not all(map(math.isfinite, norms)):
                 raise UserError(f"update {number + 1}: the gradient is not finite; try a smaller --rl-lr")
             optimizer.step()
@@ -310,7 +316,7 @@ def update(steps, players, critic, optimizer, args, number):
         figures = {key: total / count for key, total in totals.items()}
         if figures.get("approx_kl", 0.0) > TARGET_KL:
             break
-    return figures | {"grad_norm": norms[0]}
+    return figures | {"grad_norm": statistics.fmean(policy_norms)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -357,7 +363,7 @@ def train(args, sft_adapters):
     plan = curriculum.schedule(stages, args.updates)
     tasks = make_env().tasks("train")
     bar = tqdm(total=args.updates, initial=done, desc="rl", unit="update", disable=True if rank() else None)
-    if args.eval_every and not done:
+    if args.eval_every and not done and rank() == 0:
         report(run, {"step": 0, "episodes": 0} | validate(players, make_env, args), [], bar)
     for number in range(done, args.updates):
         began, stage = time.perf_counter(), plan[number]
@@ -370,18 +376,22 @@ def train(args, sft_adapters):
         batch = episodes + replayed(buffer, players, args, number)
         figures = {"step": number + 1, "episodes": (number + 1) * args.episodes, "stage": stage.name}
         figures |= evaluation.summary(episodes)
-        if number == done and rank() == 0:
-            say_need(steps_of(batch), players, parameters)
+        if number == done and rank() == 0:  # now the length of a prompt is known
+            longest = max(steps_of(batch), key=lambda step: len(step.ids))
+            pair, texts = (longest.ids, longest.label_ids[:1]), min(args.micro_batch, len(steps_of(batch)))
+            use_adapter(players.model, "policy")
+            checks.say_memory("rl", players.device, parameters, texts, len(longest.ids),
+                              lambda n, pair=pair: sft.loss_of([pair] * n, players, backward=True))
         figures |= give_advantages(batch, args, players, critic)
         figures |= update(steps_of(batch), players, critic, optimizer, args, number)
         buffer.extend(dataclasses.asdict(episode) for episode in episodes if args.replay and episode.success)
-        figures |= {"cut_reflections": players.counts["cuts"], "cache_hits": players.cache_hits()}
+        hits, misses = players.counts["hits"], players.counts["misses"]
+        figures |= {"cut_reflections": players.counts["cuts"], "cache_hits": hits / max(1, hits + misses)}
         figures["episodes_per_s"] = len(episodes) / (time.perf_counter() - began)
-        last = number + 1 == args.updates
-        if last or (args.eval_every and (number + 1) % args.eval_every == 0):
-            figures |= validate(players, make_env, args)
-        report(run, figures, episodes, bar)
         if rank() == 0:
+            if number + 1 == args.updates or (args.eval_every and (number + 1) % args.eval_every == 0):
+                figures |= validate(players, make_env, args)
+            report(run, figures, episodes, bar)
             run.save(number + 1, parameters, optimizer, reflections=players.reflections, buffer=list(buffer))
     if rank() == 0:
         save_players(run, players, sft_adapters, args)
@@ -417,17 +427,6 @@ def make_learner(args, players, sft_adapters):
     return critic, sum((group["params"] for group in groups), []), optimizer
 
 
-def say_need(steps, players, parameters):
-    """Print the memory that an update needs: before the first one, when the length of a prompt is known."""
-    longest = max(steps, key=lambda step: len(step.ids))
-
-    def learn(n):
-        copies = [dataclasses.replace(longest, prompt=str(i)) for i in range(n)]  # equal prompts would share a row
-        players.log_probs(players.forward(copies, hidden=True)[0], copies)[:, 0].sum().backward()
-
-    checks.say_memory("rl", players.device, parameters, min(players.micro_batch, len(steps)), len(longest.ids), learn)
-
-
 def play_together(players, make_env, tasks, options, args, number):
     """The episodes of all tasks, in their order; each process plays its share."""
     players.counts.clear()
@@ -439,29 +438,25 @@ def play_together(players, make_env, tasks, options, args, number):
     shares, episodes = gather(played), []
     for i in range(len(tasks)):
         episodes.append(shares[i % world()][i // world()])
-        for step in episodes[-1].steps:
+        for step in episodes[-1].steps if players.reflection else ():
             players.reflections[step.state] = step.reflection  # what one process has written all know
     return episodes
 
 
 def validate(players, make_env, args):
-    """Success on the validation panel, sampled; by the first process."""
-    if rank() > 0:
-        return {}
+    """Success on the validation panel, sampled."""
     episodes = evaluation.evaluate(players, make_env, "valid", args.repeats)
     return {"valid_success": evaluation.summary(episodes)["success"], "valid_episodes": len(episodes)}
 
 
 def report(run, figures, episodes, bar):
     """Log line, progress bar, warnings, and now and then one whole episode."""
-    if rank() > 0:
-        return
     run.log(figures)
     number = figures["step"]
     if "valid_success" in figures:
         tqdm.write(
             f"update {number:4} {figures.get('stage', 'before RL'):9} valid success {figures['valid_success']:4.0%} "
-            f"of {figures['valid_episodes']}" + ("", f", entropy {figures.get('entropy', 0):.2f}")[number > 0]
+            f"of {figures['valid_episodes']}" + (f", entropy {figures['entropy']:.2f}" if number else "")
         )
     if not episodes:
         return
@@ -524,11 +519,8 @@ def pipeline(args, splits):
     stages, first = ["reflect"] * args.reflection, os.environ.get("RANK", "0") == "0"
     if args.sft:
         stages.append("policy" if args.reflection else "plain")
-    if not stages and args.env not in envs.ENVS:  # else SFT checks it
-        env = env_factory(args)()
-        envs.check(env)
-        if first:
-            checks.say_strange_words(env, args.base)
+    if not stages and first:  # else SFT does
+        checks.check_own(env_factory(args)(), args)
     if stages and first:  # under torchrun the others wait in joined_processes
         sft.run(args, stages)
     with joined_processes(args):  # after SFT, which is the first process's work alone

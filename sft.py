@@ -7,8 +7,6 @@
 
 The loss is the mean negative log-likelihood of the completion (the paper's section on warm-up by SFT). Masks are made
 from lengths, never from token ids: the EOS that ends a reflection is trained even where it is also the padding.
-Deviation: the paper's reflections are GPT-4's, ours are written by rules.
-
     python sft.py --env taxi               # reflector, then policy
 """
 
@@ -61,7 +59,8 @@ CLIP_NORM = 1.0  # largest norm of a gradient
 HELD_OUT = 128  # records of the valid split that are looked at, every REPORT_EVERY updates
 REPORT_EVERY = 100
 MOST_UPDATES = 5000  # of a stage that stops by itself
-LOOK_EVERY, PATIENCE = 25, 200  # updates between its looks at the held-out loss; without a new minimum until it stops
+LOOK_EVERY = 25  # auto: updates between two looks at the held-out loss
+PATIENCE = 200  # auto: it stops after so many updates without a new minimum
 LEAST_GAIN = 1e-4  # nats by which a new minimum is lower: a loss that has reached 0 falls for ever
 
 
@@ -75,14 +74,14 @@ def examples_of(records, stage, players):
         return reflect_examples(records, players.tokenizer)
     pairs = []
     for step, record in zip(steps_of(records, stage, players), records, strict=True):
-        pairs.append((step.ids, [step.menu[record.action]]))  # the label is one token
+        pairs.append((step.ids, [step.label_ids[record.action]]))  # the label is one token
     return pairs
 
 
 def steps_of(records, stage, players):
     """The policy's decisions at the records, with the teacher's reflections or with none."""
     states = [record.state for record in records]
-    menus = [tuple(record.actions) for record in records]
+    menus = [record.actions for record in records]
     reflections = [record.reflection if stage == "policy" else None for record in records]
     return players.steps(states, menus, reflections)
 
@@ -106,8 +105,9 @@ def check_lengths(pairs, records, stage, players):
     written = encode_all(players.tokenizer, [record.reflection for record in records])  # by the teacher
     longest = 0
     for (prompt, completion), reflection in zip(pairs, written, strict=True):
-        more = max(0, players.max_reflection - len(reflection)) if stage != "plain" else 0
-        longest = max(longest, len(prompt) + len(completion) + more)
+        # Tokens by which the reflector may write more than the teacher.
+        room = max(0, players.max_reflection - len(reflection)) if stage != "plain" else 0
+        longest = max(longest, len(prompt) + len(completion) + room)
     if longest > players.context:
         raise UserError(
             f"stage {stage}: a text of {longest} tokens (with --max-reflection {players.max_reflection}) exceeds the "
@@ -188,8 +188,8 @@ def fit(run, players, stage, pairs, records, steps, args):
     """Minimise the loss of `pairs` for `steps` updates, or go on from the run's checkpoint.
 
     Some held-out `records` are looked at now and then. `steps="auto"` stops when their loss has not fallen for a while,
-    and goes back to its minimum: so that arms that learn at different speed can be compared. Returns the number of
-    updates that made the weights.
+    and goes back to its minimum: so that runs with and without reflection, which learn at different speed, can be
+    compared. Returns the number of updates that made the weights.
     """
     parameters = adapter_parameters(players.model, stage)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
@@ -199,9 +199,9 @@ def fit(run, players, stage, pairs, records, steps, args):
     texts = min(args.batch, players.micro_batch, len(pairs))
     use_adapter(players.model, stage)
     checks.say_memory(stage, players.device, parameters, texts, len(longest[0]) + len(longest[1]),
-               lambda n: loss_of([longest] * n, players, backward=True))
+                      lambda n: loss_of([longest] * n, players, backward=True))
     auto = steps == "auto"
-    last = MOST_UPDATES if auto else steps
+    last = MOST_UPDATES if auto else steps  # where the learning rate would end: with auto it hardly falls
     for step in tqdm(range(done, last), initial=done, total=last, desc=stage, unit="update", disable=None):
         if auto and step - best["step"] >= PATIENCE:
             break
@@ -222,6 +222,7 @@ def fit(run, players, stage, pairs, records, steps, args):
             )
         elif auto and (step + 1) % LOOK_EVERY == 0:
             figures["valid_loss"] = held_out_loss(players, records, stage)
+        # The weights of the minimum are in the checkpoint as well: a resumed run may have passed it.
         if auto and figures.get("valid_loss", math.inf) < best["loss"] - LEAST_GAIN:
             weights = [parameter.detach().cpu().clone() for parameter in parameters]
             best = {"loss": figures["valid_loss"], "step": step + 1, "weights": weights}
@@ -267,7 +268,8 @@ def sft_args(args):
 
 def folder_of(args):
     """Where the adapters of these settings live: `runs/taxi-sft-s0-3f9c12`; other settings have another folder."""
-    settings = json.dumps(settings_of(sft_args(args)), sort_keys=True).encode()
+    settings = settings_of(sft_args(args)) | {"seed": None}  # it stands in the name: seeds of one kind share the rest
+    settings = json.dumps(settings, sort_keys=True).encode()
     if args.data:  # other records under the same name are other settings
         settings += Path(args.data).read_bytes()
     digest = hashlib.sha256(settings).hexdigest()[:6]
@@ -291,10 +293,7 @@ def run(args, stages):
     if not todo:
         return print(f"{folder}: done already")
     # What cannot work leaves no folder behind: the environment, the base and one's own records come first.
-    env = make_env()
-    if args.env not in envs.ENVS:
-        envs.check(env)
-        checks.say_strange_words(env, args.base)
+    checks.check_own(make_env(), args)
     players = load_players(args, {})
     for stage in todo:
         torch.manual_seed(args.seed)

@@ -75,11 +75,11 @@ class PlainPlayers:
                 if self.tokenizer.eos_token_id not in written[i].tolist():  # cut: end with the last whole sentence
                     reflections[i] = reflections[i][: reflections[i].rfind(".") + 1] or reflections[i]
         steps = players.steps(states, [episode.actions for episode in episodes], reflections)
-        menus = [list(step.menu) for step in steps]
+        menus = [list(step.label_ids) for step in steps]
         prompts = [step.prompt for step in steps]
         answers = self.generate(prompts, "policy", 1, lambda row, _: menus[row])[:, 0].tolist()
         for step, answer in zip(steps, answers, strict=True):
-            step.log_probs = [0.0 if label == answer else -torch.inf for label in step.menu]
+            step.log_probs = [0.0 if label == answer else -torch.inf for label in step.label_ids]
         return steps
 
 
@@ -162,7 +162,7 @@ def plain_gradient(players, steps, micro_batch):
         rows = [torch.tensor(step.ids) for step in part]
         ids = pad_sequence(rows, batch_first=True).to(players.device)  # right padding: a causal model needs no mask
         logits = players.model(ids, use_cache=False).logits.float()  # (B, T, V)
-        rows = [logits[i, len(step.ids) - 1, list(step.menu)] for i, step in enumerate(part)]
+        rows = [logits[i, len(step.ids) - 1, list(step.label_ids)] for i, step in enumerate(part)]
         log_probs = pad_sequence(rows, batch_first=True, padding_value=-torch.inf).log_softmax(-1)
         action = torch.tensor([step.action for step in part], device=logits.device)
         advantage = torch.tensor([step.advantage for step in part], device=logits.device)
@@ -212,7 +212,7 @@ def size(model):
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
-def conv_layers(model):
+def conv_layers(model, kinds, ids):
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, (reflect_rl.Conv1D, reflect_rl.LoRALinear)) and not path.endswith(".base"):

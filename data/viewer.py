@@ -9,7 +9,8 @@ import envs
 import negatives
 from envs import UserError
 from plumbing.runs import write
-from reflect_rl import one_line, outcome
+from plumbing.show import outcome
+from reflect_rl import one_line
 
 
 def write_html(rows, settings, seed, path):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import envs
 import reflect_rl
 from envs import UserError
 
@@ -45,6 +46,13 @@ def check_base(model, tokenizer, path):
         raise UserError(f"{path} cannot read a text alone: {why[:300]}") from None
     if not torch.allclose(one, other, atol=1e-3 * one.abs().max().item()):
         raise UserError(f"{path} is not causal: its logits depend on later tokens")
+
+
+def check_own(env, args):
+    """Look at an environment that is none of ours before anything is trained on it."""
+    if args.env not in envs.ENVS:
+        envs.check(env)
+        say_strange_words(env, args.base)
 
 
 def different_words(text):

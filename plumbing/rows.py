@@ -1,4 +1,4 @@
-"""Rows in a file: what the tables and curves of docs/ are drawn from, without playing."""
+"""Rows of a table, printed and in a file: what the tables and curves of docs/ are drawn from, without playing."""
 
 import json
 from pathlib import Path
@@ -47,3 +47,12 @@ def read_rows(path, env):
             r[kind] = runs
         rows.append(r)
     return rows
+
+
+def print_markdown(title, head, body):
+    """A table in Markdown that can be read as it is; the cells are texts, the first of each row is its name."""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    print(f"\n{title}\n")
+    for name, *cells in [head, ["-" * width for width in widths], *body]:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        print("| " + " | ".join([f"{name:{widths[0]}}", *padded]) + " |")

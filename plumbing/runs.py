@@ -15,7 +15,7 @@ from plumbing.processes import rank
 
 # Options that may differ on resume: they say where, how fast or how often, or are told by another one.
 MAY_DIFFER = ("runs", "resume", "name", "device", "dtype", "gradient_checkpointing", "micro_batch", "repos",
-              "no_negatives", "repeats", "split", "stage")
+              "no_negatives", "repeats", "split")
 MOST_WEIGHT = 1e6  # a larger trained weight is not saved
 
 

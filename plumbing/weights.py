@@ -1,5 +1,8 @@
-"""Weights from elsewhere, a base or an adapter: whole and of a kind that we compute with, or refused in one line."""
+"""Models and adapters from elsewhere: whole and of a kind that we compute with, or refused in one line; and which of
+a model's layers LoRA can change."""
 
+import functools
+import inspect
 import json
 import os
 import re
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from envs import UserError
@@ -95,3 +99,47 @@ def read_adapter(folder):
     if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
         raise UserError(f"{folder} has weights that are not finite")
     return r, alpha, saved
+
+# ---------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def plain_layers(model, kinds, ids):
+    """`{path: layer}` of the layers of these `kinds` that LoRA can change: those that a pass over text calls, but the
+    LM head. `ids`: a short text, (1, T).
+
+    A vision tower is not called. A layer whose weight another module reads by itself (Mamba's fast path) is left alone,
+    as `peft` does. In a mixture of experts a pass calls some experts only, so one call counts for all layers of the
+    same name. Where the experts are one fused tensor, `peft` would take layers called gate_proj, up_proj or down_proj
+    for theirs: these get no LoRA.
+    """
+    layers, called = {}, set()
+    fused = any("experts" in path and weight.ndim == 3 for path, weight in model.named_parameters())
+    for path, module in model.named_modules():
+        parent, _, leaf = path.rpartition(".")
+        if not isinstance(module, kinds) or module is model.get_output_embeddings():
+            continue
+        if fused and leaf in ("gate_proj", "up_proj", "down_proj"):
+            continue
+        code = source_of(type(model.get_submodule(parent)))
+        if leaf != "base" and not re.search(rf"self\.{leaf}\.weight\b(?!\.dtype)", code):  # its type may be read
+            layers[path] = module
+
+    def note(module, inputs, result):
+        if isinstance(result, torch.Tensor):  # a router may give more
+            called.add(module)
+
+    hook = nn.modules.module.register_module_forward_hook(note)
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    hook.remove()
+    names = {re.sub(r"\d+", "*", path) for path, layer in layers.items() if layer in called}
+    return {path: layer for path, layer in layers.items() if re.sub(r"\d+", "*", path) in names}
+
+
+@functools.cache
+def source_of(cls):
+    try:
+        return inspect.getsource(cls)
+    except OSError:  # made at run time
+        return ""

@@ -125,6 +125,7 @@ def options_of(parser):
         "seeds": ("0,1,2", "seeds, with commas"),
         "few": (0, "trajectories of the teacher; 0 = what leaves SFT short of its ceiling", 0),
         "split": ("test", "split of the panel"),
+        "leave_out": ("", "title of a row that is not made, such as 'with reflection, RL only'"),
         "draw": (False, "draw the table from the file; train and play nothing"),
         "picture": ("", "draw the learning curves, or success by amount of data, to this file as well"),
     }
@@ -141,7 +142,7 @@ def options_of(parser):
     if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
         raise UserError(f"--seeds {args.seeds!r}: numbers with commas between them")
     more = argparse.Namespace(seeds=list(map(int, args.seeds.split(","))))
-    for name in ("study", "draw", "picture"):  # what is no setting of a run
+    for name in ("study", "draw", "picture", "leave_out"):  # what is no setting of a run
         setattr(more, name, getattr(args, name))
         delattr(args, name)
     del args.seeds, args.few
@@ -204,7 +205,8 @@ def main():
         rows = evaluation.baseline_rows(args)
         rows.append(evaluation.row("untuned base", lambda: load_players(args, {}), args))
         for seed in own.seeds:
-            rows += rows_of(arm(args, seed=seed), STUDIES[own.study])
+            kept = {title: changes for title, changes in STUDIES[own.study].items() if title != own.leave_out}
+            rows += rows_of(arm(args, seed=seed), kept)
         write_rows(rows, path)
     draw(path, env_factory(args)())
     if own.picture:

@@ -17,7 +17,7 @@ import pytest
 import envs
 import negatives
 from envs import AutoExplore, UserError, files_of
-from negatives import stems_of, words_of
+from plumbing.words import stems_of, words_of
 
 prepare = envs.beside("autoexplore/prepare.py")
 show_name = prepare.show_name

@@ -17,18 +17,29 @@ import plumbing.rows
 import plumbing.runs
 import reflect_rl
 import rl
+import sft
 from envs import UserError
 from plumbing.runs import runs_of
 from reflect_rl import Episode, Step
 
-# Newcombe, Statistics in Medicine 17 (1998), table I, method 3 (score interval without continuity correction)
-NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
+
+@pytest.mark.parametrize("success, low, high", [(0, 0.0, 0.1611), (1, 1 - 0.1611, 1.0)])
+def test_episodes_that_all_end_alike(success, low, high):
+    """Catches an empty interval, and repeats of a start that make it narrower. 0 of 20 is in Newcombe, Statistics in
+    Medicine 17 (1998), table I, method 3 (score interval without continuity correction)."""
+    found = evaluation.interval(outcomes({task: [success] * 3 for task in range(20)}), Corridor())
+    assert found == pytest.approx((low, high), abs=6e-5)
 
 
-@pytest.mark.parametrize("successes, n, low, high", [*NEWCOMBE, (20, 20, 1 - 0.1611, 1.0), (0, 0, 0.0, 1.0)])
-def test_wilson_equals_published_values(successes, n, low, high):
-    """Catches the Wald interval (which is empty at 0 and 1), a slip in the formula, a division by no episodes."""
-    assert evaluation.wilson(successes, n) == pytest.approx((low, high), abs=6e-5)
+def test_only_seeds_of_one_kind_are_pooled():
+    """Catches runs with other data that are taken for other seeds."""
+    rows = []
+    for more in ((), ("--seed", 1), ("--negatives", 0), ("--trajectories", 20)):
+        args = resolved("--env", "taxi", *more, tables=(sft.DATA_OPTIONS, sft.OPTIONS))
+        name = f"{sft.folder_of(args).name} with reflection"
+        rows.append({"name": name, "sampled": [len(rows)], "greedy": [], "budget": [{}]})
+    [found] = evaluation.pooled(rows)
+    assert found["sampled"] == [0, 1] and found["name"] == rows[0]["name"].replace("-s0", "") + ", 2 seeds"
 
 
 def episode(rewards, terminated, success):
@@ -103,7 +114,7 @@ def test_table_shows_the_figures(capsys):
     assert "test split" in out and "over 5 clusters" in out and list(table_of(out)) == ["random", "expert"]
     figures = evaluation.summary(rows[1]["sampled"][0])
     middle = [f"{figures['return']:.2f}", f"{figures['length']:.1f}", "0.0%"]
-    low, high = evaluation.wilson(5, 5)  # of the clusters: repeats of a start say nothing new
+    low, high = 5 / (5 + 1.96**2), 1.0  # Wilson's of 5 of the 5 clusters: repeats of a start say nothing new
     interval = f"[{low:.1%}, {high:.1%}]"
     assert table_of(out)["expert"] == ["0", "0", "0", "100.0%", interval, "10", *middle, "100.0%", interval, "5"]
     assert table_of(out)["random"][-3:] == ["-"] * 3, "a random actor has no greedy action"
@@ -173,8 +184,7 @@ def outcomes(*seeds):
 
 
 def test_intervals_are_over_clusters_and_seeds():
-    """Catches repeats of one start that make an interval narrower, seeds that are left out, an empty interval where all
-    episodes ended alike."""
+    """Catches repeats of one start that make an interval narrower, and seeds that are left out."""
     rng = random.Random(0)
     once = {task: [rng.random() < 0.3] for task in range(200)}
     low, high = evaluation.interval(outcomes(once), Corridor())
@@ -186,8 +196,6 @@ def test_intervals_are_over_clusters_and_seeds():
     same, worse = outcomes(once, once), outcomes(once, {task: [0] for task in once})
     assert evaluation.interval(same, Corridor()) == pytest.approx((low, high), abs=0.01)
     assert evaluation.interval(worse, Corridor())[0] == 0.0, "a seed at 0 may be drawn twice"
-    for all_alike, expected in ((1, evaluation.wilson(4, 4)), (0, evaluation.wilson(0, 4))):
-        assert evaluation.interval(outcomes({task: [all_alike] * 3 for task in range(4)}), Corridor()) == expected
 
 
 def test_differences_are_paired():
@@ -201,8 +209,8 @@ def test_differences_are_paired():
 
 
 def test_what_was_played_is_not_played_again(runs, bases, capsys, monkeypatch):
-    """Catches a table that plays again, episodes of other weights, of another panel or half written that are taken for
-    these, seeds that are not pooled."""
+    """Catches a table that plays again, episodes of other weights, of another panel, of another game or half written
+    that are taken for these, seeds that are not pooled."""
     for seed in (0, 1):
         options = [*tiny_rl_options(bases["gpt2"], runs), "--seed", seed, "--eval-every", 0]
         run_script(rl, *options, monkeypatch=monkeypatch)
@@ -230,6 +238,9 @@ def test_what_was_played_is_not_played_again(runs, bases, capsys, monkeypatch):
     for path in files:
         path.write_bytes(path.read_bytes()[:-30])
     assert len(again()[1]) == 1 and not again()[1]
+    with monkeypatch.context() as context:  # as if the environment's module had been edited
+        context.setattr(evaluation.inspect, "getsource", lambda module: "class Corridor: ...")
+        assert len(again()[1]) >= 2
     weights = folder / "policy" / "adapter_model.safetensors"
     shutil.copy(runs / "corridor-rl-s1" / "policy" / "adapter_model.safetensors", weights)
     assert len(again()[1]) == 2

@@ -173,7 +173,7 @@ def test_scores(players):
     players.score(steps)
     for step in steps:
         with torch.no_grad():
-            expected = logits_of(players.model, step.ids)[-1][list(step.menu)].log_softmax(-1)
+            expected = logits_of(players.model, step.ids)[-1][list(step.label_ids)].log_softmax(-1)
         torch.testing.assert_close(torch.tensor(step.log_probs), expected, **CLOSE)
     assert max(max(step.log_probs) - min(step.log_probs) for step in steps) > 0.1
 

@@ -18,6 +18,7 @@ import envs
 import negatives
 import reflect_rl
 from envs import UserError
+from plumbing.words import spelt_words_of
 from reflect_rl import LABELS
 
 checks = envs.beside("../models/checks.py")
@@ -260,7 +261,7 @@ def test_questions_asked_in_passing_are_about_what_is_near():
             made_up += 1
             tree = make.tree_of(repo)
             words = " ".join(f"{' '.join(path)} {text} {env.render()}" for path, text in envs.files_of(tree))
-            assert set(negatives.asked(env)) <= set(negatives.spelt_words_of(words))
+            assert set(negatives.asked(env)) <= set(spelt_words_of(words))
     assert real > 15 and made_up > 30
 
 

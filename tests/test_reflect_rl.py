@@ -290,7 +290,7 @@ def alone(players, step, adapter="policy"):
     """The slow way: one prompt, no padding, all logits of the whole model, restricted to the menu, in fp64."""
     reflect_rl.use_adapter(players.model, adapter)
     ids = reflect_rl.encode(players.tokenizer, step.prompt)
-    return logits_of(players.model, ids)[-1].double()[list(step.menu)].log_softmax(-1).tolist()
+    return logits_of(players.model, ids)[-1].double()[list(step.label_ids)].log_softmax(-1).tolist()
 
 
 def some_steps(players):
@@ -302,7 +302,7 @@ def some_steps(players):
 
 def assert_right(steps, players, adapter="policy"):
     for step in steps:
-        assert len(step.log_probs) == len(step.menu) == len(step.actions) and min(step.log_probs) > -math.inf
+        assert len(step.log_probs) == len(step.label_ids) == len(step.actions) and min(step.log_probs) > -math.inf
         assert step.log_probs == pytest.approx(alone(players, step, adapter), abs=1e-5)
 
 
@@ -326,8 +326,9 @@ def test_scores_equal_the_full_models(kind, players):
         table = players.log_probs(players.forward(steps), steps)
     assert table.dtype == torch.float32 and table.shape == (6, 6)
     for row, step in zip(table, steps, strict=True):
-        assert row[: len(step.menu)].tolist() == pytest.approx(alone(players, step), abs=1e-5)
-        assert torch.all(row[len(step.menu) :] == -torch.inf) and row.exp().sum().item() == pytest.approx(1, abs=1e-5)
+        assert row[: len(step.label_ids)].tolist() == pytest.approx(alone(players, step), abs=1e-5)
+        assert torch.all(row[len(step.label_ids) :] == -torch.inf)
+        assert row.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere"])

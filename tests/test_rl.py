@@ -280,7 +280,7 @@ def alone(players, step, adapter="policy"):
     reflect_rl.use_adapter(players.model, adapter)
     ids = torch.tensor([players.tokenizer(step.prompt)["input_ids"]])
     output = players.model(ids, output_hidden_states=True, use_cache=False)
-    return output.logits[0, -1, list(step.menu)].log_softmax(-1), output.hidden_states[-1][0, -1]
+    return output.logits[0, -1, list(step.label_ids)].log_softmax(-1), output.hidden_states[-1][0, -1]
 
 
 def by_hand(this, steps, beta):
@@ -339,8 +339,18 @@ def test_update_is_the_gradient_of_the_whole_batch(algo, clip_norm, walks, learn
 
 
 def test_minibatches_cover_every_step_once_an_epoch(walks, learner, monkeypatch):
-    """Bugs: steps left out or seen twice, the same cut in each epoch; an early stop that never or always fires."""
+    """Bugs: steps left out or seen twice, the same cut in each epoch; an early stop that never or always fires; the
+    last step's gradient norm in place of all."""
     this, seen, real = learner("--algo", "ppo"), [], rl.loss_of
+    norms, policy, clip = [], adapter_parameters(this.players.model, "policy"), torch.nn.utils.clip_grad_norm_
+
+    def clipped(parameters, most):
+        norm = clip(parameters, most)
+        if parameters[0] is policy[0]:
+            norms.append(norm.item())
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
     monkeypatch.setattr(rl, "loss_of", lambda steps, *rest: seen.extend(map(id, steps)) or real(steps, *rest))
     steps = all_steps(walks)
     rl.give_advantages(walks, this.args, this.players, this.critic)
@@ -348,8 +358,10 @@ def test_minibatches_cover_every_step_once_an_epoch(walks, learner, monkeypatch)
         monkeypatch.setattr(rl, "TARGET_KL", target)
         seen.clear()
         before = copy.deepcopy(this.optimizer.state_dict()["state"].get(0, {"step": 0})["step"])
-        rl.update(steps, this.players, this.critic, this.optimizer, this.args, 0)
+        norms.clear()
+        figures = rl.update(steps, this.players, this.critic, this.optimizer, this.args, 0)
         assert this.optimizer.state_dict()["state"][0]["step"] - before == 2 * epochs
+        assert figures["grad_norm"] == pytest.approx(statistics.fmean(norms)) and len(norms) == 2 * epochs
         assert len(seen) == epochs * len(steps)
         passes = [seen[i : i + len(steps)] for i in range(0, len(seen), len(steps))]
         assert all(sorted(p) == sorted(map(id, steps)) for p in passes)
@@ -857,6 +869,19 @@ def assert_close_runs(one, other):
     for name in ("reflect", "policy"):
         weights = [load_file(run / name / "adapter_model.safetensors") for run in (one, other)]
         torch.testing.assert_close(*weights, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("reflection", [True, False])
+def test_what_another_process_wrote_is_known(reflection, monkeypatch):
+    """Bugs: a reflection that each process writes for itself; without a reflector, a memo of no texts."""
+    players = SimpleNamespace(counts=Counter(), reflection=reflection, reflections={})
+    step = reflect_rl.Step("a state", (), "a text" if reflection else None)
+    monkeypatch.setattr(rl, "play", lambda *rest: [reflect_rl.Episode("task", steps=[step])])
+    monkeypatch.setattr(rl, "world", lambda: 2)
+    monkeypatch.setattr(rl, "gather", lambda value: [value, value])
+    args = SimpleNamespace(episodes=2, seed=0)
+    assert len(rl.play_together(players, None, ["task", "task"], {}, args, 0)) == 2
+    assert players.reflections == ({"a state": "a text"} if reflection else {})
 
 
 @pytest.mark.parametrize("algo", ["reinforce --replay 2", "ppo --kl 0.1"])

@@ -12,6 +12,7 @@ from conftest import ROOT, run_script, table_of
 
 import eval as evaluation
 import plumbing.runs
+import plumbing.show
 import reflect_rl
 from envs import UserError
 from reflect_rl import Step
@@ -85,7 +86,7 @@ def terminal(monkeypatch):
 
 def test_watching_on_a_terminal(monkeypatch):
     """Catches frames below each other, a missing last state, bars that are not the probabilities, a hidden cursor."""
-    monkeypatch.setattr(reflect_rl, "WATCH_PAUSE", 0)
+    monkeypatch.setattr(plumbing.show, "WATCH_PAUSE", 0)
     with terminal(monkeypatch) as shown:
         reflect_rl.watch(two_steps())
     before, *frames = shown[0].split("\x1b[?25l\x1b[H\x1b[J")

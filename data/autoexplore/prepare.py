@@ -35,8 +35,8 @@ if str(HERE.parent.parent) not in sys.path:
 
 import envs  # noqa: E402
 from envs import UserError, files_of, pages_of  # noqa: E402
-from negatives import STOP, stem, stems_of, words_of  # noqa: E402
 from plumbing.options import add_options  # noqa: E402
+from plumbing.words import STOP, stem, stems_of, words_of  # noqa: E402
 
 SHIPPED = HERE / "repos.json.gz"
 HEAD_BYTES = 16 * 1024  # of a file, what is read

@@ -37,6 +37,7 @@ import negatives  # noqa: E402
 from envs import UserError  # noqa: E402
 from plumbing.options import add_options  # noqa: E402
 from plumbing.runs import write  # noqa: E402
+from plumbing.words import spelt_words_of, words_of  # noqa: E402
 from reflect_rl import ACTION_HEADER, LABELS, NANO, Labels, Players, encode, load_base, policy_prompt  # noqa: E402
 from sft import collate, loss_of  # noqa: E402
 
@@ -118,7 +119,7 @@ def describe_exploration(env):
     facts = [split_behind("has the words", negatives.say_question(env))]
     verb, name = env.last
     if verb == "cat":
-        topic = list(dict.fromkeys(negatives.words_of(env.result)))[:4]
+        topic = list(dict.fromkeys(words_of(env.result)))[:4]
         facts.append((f"The file {name} speaks of", f" {', '.join(topic) or 'nothing'}."))
         facts += [split_behind("is in", sentence) for sentence in negatives.say_file(env)]
     names = [negatives.say_name(env, "On the way", f"{name}/") for name in env.cwd]
@@ -275,9 +276,9 @@ def ask_near(env, rng):
         env.targets = {tuple(target.split("/")) for target in env.task["targets"]}
         return
     texts = (" ".join(env.names_here()[0]), " ".join(env.cwd), env.result)
-    pools = [words for words in map(negatives.spelt_words_of, texts) if words]
+    pools = [words for words in map(spelt_words_of, texts) if words]
     elsewhere = rng.choice([text for _, text in envs.files_of(tree_of(env.task["repo"]))])
-    pools.append(negatives.spelt_words_of(elsewhere) or ["nothing"])
+    pools.append(spelt_words_of(elsewhere) or ["nothing"])
     words = list(dict.fromkeys(rng.choice(rng.choice(pools)) for _ in range(rng.randint(3, 8))))
     env.question = f"Which file about {words[0]} says: {' '.join(words[1:])}?"
 
