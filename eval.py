@@ -14,9 +14,6 @@ one start are not independent; differences are paired, episode by episode. What 
 
 import argparse
 import dataclasses
-import hashlib
-import inspect
-import json
 import math
 import random
 import re
@@ -28,10 +25,12 @@ import numpy as np
 import envs
 from envs import UserError
 from plumbing.curves import plot
+from plumbing.episodes import digest, panel_of, read_episodes
+from plumbing.jsonl import write_lines
 from plumbing.options import COMMON, add_options, env_factory, parse_args
 from plumbing.rows import print_markdown, write_rows
-from plumbing.runs import adapters_of, as_trained, budget_of, read_config, runs_of, write
-from reflect_rl import Episode, Step, load_players, play
+from plumbing.runs import adapters_of, as_trained, budget_of, read_config, runs_of
+from reflect_rl import Step, load_players, play
 
 OPTIONS = {
     "split": ("test", "split of the panel"),
@@ -148,7 +147,7 @@ def evaluate(actor, make_env, split="test", repeats=3, greedy=False, known=None)
 def row(name, make_actor, args, folder=None, adapters=(), greedy=True):
     """A line of the table: sampled and greedy episodes of one actor. With a `folder` they are kept there, or read again
     where the same players have played the same panel. `greedy=False`: the actor has no most probable action."""
-    make_env, panel, known = env_factory(args), panel_of(args, adapters), {}
+    make_env, panel, known = env_factory(args), panel_of(args, adapters, PANEL), {}
     played, actor = {"sampled": [], "greedy": []}, None
     for kind in ("sampled", "greedy") if greedy else ("sampled",):
         path = folder and Path(folder) / "episodes" / f"{args.split}-{kind}-{digest(panel)[:6]}.jsonl"
@@ -157,38 +156,9 @@ def row(name, make_actor, args, folder=None, adapters=(), greedy=True):
             actor = actor or make_actor()
             episodes = evaluate(actor, make_env, args.split, args.repeats, kind == "greedy", known)
             if path:
-                path.parent.mkdir(exist_ok=True)
-                lines = [panel, *map(dataclasses.asdict, episodes)]
-                write(path, "".join(json.dumps(line) + "\n" for line in lines))
+                write_lines(path, [panel, *map(dataclasses.asdict, episodes)])
         played[kind].append(episodes)  # a list a seed, see `pooled`
     return {"name": name, "split": args.split, "env": make_env(), "budget": [budget_of(adapters)], **played}
-
-
-def panel_of(args, adapters):
-    """All that decides what is played, as JSON: other settings, tasks or weights have a file of their own."""
-    env = env_factory(args)()
-    panel = {"split": args.split, "repeats": args.repeats, "panel": PANEL, "env_option": sorted(args.env_option)}
-    panel |= {"base": args.base, "dtype": args.dtype, "max_reflection": args.max_reflection, "horizon": env.horizon}
-    if args.env not in envs.ENVS:  # a game of your own, which you may change
-        panel["source"] = digest(inspect.getsource(inspect.getmodule(type(env))))
-    weights = [(path / "adapter_model.safetensors").read_bytes() for path in adapters]
-    return panel | {"tasks": digest(env.tasks(args.split)), "players": [hashlib.sha256(w).hexdigest() for w in weights]}
-
-
-def digest(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_episodes(path):
-    """The episodes of a file, behind the line that says what they are; None where it is not there or damaged."""
-    episodes = []
-    try:
-        for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")[1:]:
-            fields = json.loads(line)
-            episodes.append(Episode(**{**fields, "steps": [Step(**step) for step in fields["steps"]]}))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return episodes
 
 
 def baseline_rows(args):

@@ -13,14 +13,13 @@ reproducible and right. An environment of your own brings its teacher as a metho
 
 import argparse
 import dataclasses
-import json
 import random
 from pathlib import Path
 
 import envs
 from envs import UserError
+from plumbing.jsonl import check_types, read_lines, write_lines
 from plumbing.options import COMMON, add_options, env_factory, parse_args, short_name
-from plumbing.runs import write
 from plumbing.words import spelt_words_of, stem, stems_of
 from reflect_rl import ACTION_HEADER, one_line, reflector_prompt
 
@@ -48,11 +47,7 @@ class Record:
     def __post_init__(self):
         if isinstance(self.actions, list):  # JSON has no tuples
             self.actions = tuple(self.actions)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            # True is an int to Python, and would quietly mean the second action.
-            if not isinstance(value, field.type) or (field.type is int and isinstance(value, bool)):
-                raise UserError(f"{field.name} must be of type {field.type.__name__}, not {str(value)[:80]!r}")
+        check_types(self)
         try:  # half of a surrogate pair is a str to Python, and no text to a tokenizer
             "".join((self.state, self.reflection, *self.actions)).encode()
         except (TypeError, UnicodeEncodeError) as error:
@@ -323,26 +318,12 @@ def make_records(make_env, trajectories, negatives, seed, split="train", teacher
 
 
 def write_records(records, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
+    write_lines(path, map(dataclasses.asdict, records))
 
 
 def read_records(path):
     """The records of a JSONL file; a malformed line is named by its number."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from None
-    if not text.strip():
-        raise UserError(f"the data set {path} is empty")
-    records = []
-    # Not splitlines(): it also breaks at U+2028 and U+0085, which may stand inside a JSON text.
-    for number, line in enumerate(text.rstrip().split("\n"), 1):
-        try:
-            records.append(Record(**json.loads(line)))
-        except (UserError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-    return records
+    return read_lines(path, Record)
 
 
 def hold_out(records):
