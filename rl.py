@@ -376,12 +376,8 @@ def train(args, sft_adapters):
         batch = episodes + replayed(buffer, players, args, number)
         figures = {"step": number + 1, "episodes": (number + 1) * args.episodes, "stage": stage.name}
         figures |= evaluation.summary(episodes)
-        if number == done and rank() == 0:  # now the length of a prompt is known
-            longest = max(steps_of(batch), key=lambda step: len(step.ids))
-            pair, texts = (longest.ids, longest.label_ids[:1]), min(args.micro_batch, len(steps_of(batch)))
-            use_adapter(players.model, "policy")
-            checks.say_memory("rl", players.device, parameters, texts, len(longest.ids),
-                              lambda n, pair=pair: sft.loss_of([pair] * n, players, backward=True))
+        if number == done and rank() == 0:
+            say_need(steps_of(batch), players, parameters)
         figures |= give_advantages(batch, args, players, critic)
         figures |= update(steps_of(batch), players, critic, optimizer, args, number)
         buffer.extend(dataclasses.asdict(episode) for episode in episodes if args.replay and episode.success)
@@ -425,6 +421,15 @@ def make_learner(args, players, sft_adapters):
         groups.append({"params": list(critic.parameters())})
     optimizer = torch.optim.AdamW(groups, lr=args.rl_lr, weight_decay=0.0, fused=True)  # `update` sets the rates
     return critic, sum((group["params"] for group in groups), []), optimizer
+
+
+def say_need(steps, players, parameters):
+    """Print the memory that an update needs: before the first one, when the length of a prompt is known."""
+    longest = max(steps, key=lambda step: len(step.ids))
+    pair, texts = (longest.ids, longest.label_ids[:1]), min(players.micro_batch, len(steps))
+    use_adapter(players.model, "policy")
+    checks.say_memory("rl", players.device, parameters, texts, len(longest.ids),
+                      lambda n: sft.loss_of([pair] * n, players, backward=True))
 
 
 def play_together(players, make_env, tasks, options, args, number):
