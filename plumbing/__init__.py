@@ -1,1 +1,1 @@
-"""What every training program needs and no paper describes: options, processes, run folders, files, tables, pictures."""
+"""What every training program needs and no paper describes: options, processes, run folders, files, tables, curves."""
