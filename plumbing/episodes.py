@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+from pathlib import Path
 
 import envs
 from plumbing.options import env_factory
@@ -15,7 +16,7 @@ def panel_of(args, adapters, most):
     panel = {"split": args.split, "repeats": args.repeats, "panel": most, "env_option": sorted(args.env_option)}
     panel |= {"base": args.base, "dtype": args.dtype, "max_reflection": args.max_reflection, "horizon": env.horizon}
     if args.env not in envs.ENVS:  # a game of your own, which you may change
-        panel["source"] = digest(inspect.getsource(inspect.getmodule(type(env))))
+        panel["source"] = digest(Path(inspect.getsourcefile(type(env).step)).read_text(encoding="utf-8"))
     weights = [(path / "adapter_model.safetensors").read_bytes() for path in adapters]
     return panel | {"tasks": digest(env.tasks(args.split)), "players": [hashlib.sha256(w).hexdigest() for w in weights]}
 

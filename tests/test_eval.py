@@ -240,7 +240,8 @@ def test_what_was_played_is_not_played_again(runs, bases, capsys, monkeypatch):
         path.write_bytes(path.read_bytes()[:-30])
     assert len(again()[1]) == 1 and not again()[1]
     with monkeypatch.context() as context:  # as if the environment's module had been edited
-        context.setattr(plumbing.episodes.inspect, "getsource", lambda module: "class Corridor: ...")
+        (folder / "edited.py").write_text("class Corridor: ...")
+        context.setattr(plumbing.episodes.inspect, "getsourcefile", lambda step: folder / "edited.py")
         assert len(again()[1]) >= 2
     weights = folder / "policy" / "adapter_model.safetensors"
     shutil.copy(runs / "corridor-rl-s1" / "policy" / "adapter_model.safetensors", weights)
