@@ -255,9 +255,6 @@ def print_table(rows):
             print_markdown(title, head, body)
 
 
-# ---------------------------------------------------------------------------------------------------------
-
-
 def main():
     parser = argparse.ArgumentParser(description="Success rates, tables, curves.")
     endpoint = envs.beside("../models/endpoint.py")

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import envs
 import reflect_rl
 from envs import UserError
+from plumbing.contract import check
 
 MANY_STRANGE = 0.2  # share of words that is worth a line
 
@@ -51,7 +52,7 @@ def check_base(model, tokenizer, path):
 def check_own(env, args):
     """Look at an environment that is none of ours before anything is trained on it."""
     if args.env not in envs.ENVS:
-        envs.check(env)
+        check(env)
         say_strange_words(env, args.base)
 
 

@@ -15,6 +15,7 @@ import pytest
 import envs
 from envs import Env, UserError
 from examples.key_door import KeyDoor
+from plumbing.contract import check
 
 MODES = ("full", "pickup", "dropoff")
 SPLITS = ("train", "valid", "test", "final")
@@ -405,6 +406,6 @@ INFO = {"actions": ("a",), "success": False}
 )
 def test_a_violation_of_the_contract_is_named_before_the_training(violation, words):
     """Catches an environment that fails after an hour of SFT, or trains on what its author did not mean."""
-    envs.check(KeyDoor())
+    check(KeyDoor())
     with pytest.raises(UserError, match=words):
-        envs.check(type("Mine", (KeyDoor,), violation)())
+        check(type("Mine", (KeyDoor,), violation)())

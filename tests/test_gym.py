@@ -5,6 +5,7 @@ import pytest
 import envs
 import negatives
 from envs import Env, UserError
+from plumbing.contract import check
 
 pytestmark = pytest.mark.extra
 gymnasium = pytest.importorskip("gymnasium")
@@ -16,7 +17,7 @@ def test_environments_with_a_table_have_an_expert_and_a_teacher(name, options, s
     """Catches wrong action names or success, colours in the state, an expert that does not arrive, a way longer than
     the shortest, and records that cannot be made."""
     env = envs.make(f"gym:{name}", **options)
-    envs.check(env)
+    check(env)
     for task in env.tasks("test")[:10]:
         state, info = env.reset(seed=0, options={"task": task})
         length, over = 0, False
@@ -41,7 +42,7 @@ def test_what_the_states_show():
 
 def test_chance_is_the_seeds_and_an_environment_without_a_table_has_no_expert():
     env = envs.make("gym:Blackjack-v1")
-    envs.check(env)
+    check(env)
     assert type(env).expert_action is Env.expert_action and env.names == ("stick", "hit")
     first = [env.reset(seed=seed, options={"task": task})[0] for task in range(5) for seed in range(5)]
     assert first == [env.reset(seed=seed, options={"task": task})[0] for task in range(5) for seed in range(5)]
