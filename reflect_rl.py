@@ -667,17 +667,17 @@ def main():
     args = parse_args(parser)
     # If none is named: the newest run of the environment that holds a policy, else the shipped players, else nobody.
     able = [folder for folder in runs_of(args) if (folder / "policy" / "adapter_config.json").is_file()]
-    shipped, on_nano = NANO / "adapters" / args.env, args.base in ("nano", os.path.abspath(NANO))
-    if not args.run and not able and on_nano and shipped.is_dir():
+    shipped = NANO / "adapters" / args.env
+    if not args.run and not able and shipped.is_dir() and args.base in ("nano", os.path.abspath(NANO)):
         print(f"no run of {args.env} in {args.runs}: the shipped players play until python rl.py has trained yours\n")
         able = [shipped]
     if not args.run and not able:
         raise UserError(f"no run of {args.env} in {args.runs} can play: make one with python rl.py --env {args.env}")
     folder = args.run or able[-1]
     args = as_trained(args, folder)
-    if args.merge and Path(args.merge).exists():
-        raise UserError(f"{args.merge} exists already")
     if args.merge:
+        if Path(args.merge).exists():
+            raise UserError(f"{args.merge} exists already")
         for name, adapter in adapters_of(folder).items():
             merge(args, name, adapter, Path(args.merge) / name)
         return
