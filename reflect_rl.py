@@ -381,20 +381,28 @@ class Players:
         self.counts = collections.Counter(hits=0, misses=0, cuts=0)  # of reflections: known, written, cut off
 
     @functools.cached_property
-    def can_pad(self):
-        """Whether rows of several lengths can be decoded together: with a mask, and positions that count from 0.
+    def counts_from_0(self):
+        """Whether the model takes positions and counts them from 0, as most do.
 
-        A state that is updated token by token (Mamba and its kind) would take in the padding, and no row can leave it.
+        It is told them even where nothing is padded: the caches of some hybrids (Bamba) do not know how long they are.
         """
-        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
-        stateful = self.model._is_stateful or kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-        if stateful or not takes(self.model, "position_ids", "attention_mask", "past_key_values"):
+        if not takes(self.model, "position_ids"):
             return False
         ids = probe(self.model)
         with torch.no_grad(), self.autocast():
             own = self.model(ids).logits
             ours = self.model(ids, position_ids=torch.arange(8, device=self.device)[None]).logits
         return torch.allclose(own, ours, atol=1e-3 * own.abs().max().item())
+
+    @functools.cached_property
+    def can_pad(self):
+        """Whether rows of several lengths can be decoded together.
+
+        A state that is updated token by token (Mamba and its kind) would take in the padding, and no row can leave it.
+        """
+        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
+        stateful = self.model._is_stateful or kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+        return not stateful and self.counts_from_0 and takes(self.model, "attention_mask", "past_key_values")
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "autocast")
@@ -445,8 +453,9 @@ class Players:
         for _ in range(self.max_reflection):
             inputs = {self.cache_name: cache} if cache else {}
             if self.can_pad:
-                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-                inputs |= {"attention_mask": mask, "position_ids": positions}
+                inputs["attention_mask"] = mask
+            if self.counts_from_0:
+                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             with self.autocast():
                 output = self.model(ids, use_cache=use_cache, **inputs, **self.last_logits)
             token, cache = output.logits[:, -1].argmax(-1), output.get(self.cache_name)  # (B,)
