@@ -138,6 +138,8 @@ def options_of(parser):
     if args.env not in envs.ENVS:
         raise UserError("a study plays taxi, autoexplore or alfworld")
     args.trajectories = args.few or (WEAK if args.study == "curriculum" else FEW)[args.env]
+    if args.study == "amount":  # the runs of several amounts have the same names
+        args.runs = str(pathlib.Path(args.runs) / f"few-{args.trajectories}")
     path = HERE / f"{args.study}-{args.env}-{args.trajectories}-{args.split}.jsonl"
     if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
         raise UserError(f"--seeds {args.seeds!r}: numbers with commas between them")
