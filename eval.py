@@ -13,7 +13,6 @@ one start are not independent; differences are paired, episode by episode. What 
 """
 
 import argparse
-import dataclasses
 import math
 import random
 import re
@@ -156,7 +155,7 @@ def row(name, make_actor, args, folder=None, adapters=(), greedy=True):
             actor = actor or make_actor()
             episodes = evaluate(actor, make_env, args.split, args.repeats, kind == "greedy", known)
             if path:
-                write_lines(path, [panel, *map(dataclasses.asdict, episodes)])
+                write_lines(path, [panel, *episodes])
         played[kind].append(episodes)  # a list a seed, see `pooled`
     return {"name": name, "split": args.split, "env": make_env(), "budget": [budget_of(adapters)], **played}
 

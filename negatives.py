@@ -317,10 +317,6 @@ def make_records(make_env, trajectories, negatives, seed, split="train", teacher
 # Data sets
 
 
-def write_records(records, path):
-    write_lines(path, map(dataclasses.asdict, records))
-
-
 def read_records(path):
     """The records of a JSONL file; a malformed line is named by its number."""
     return read_lines(path, Record)
@@ -344,7 +340,7 @@ def teacher_data(folder, make_env, args):
             records, failed = make_records(make_env, count, args.negatives, args.seed, split)
             if failed:
                 print(f"{path}: the expert failed on {failed} tasks; others were drawn instead")
-            write_records(records, path)
+            write_lines(path, records)
         data[split] = read_records(path)
     return data
 
@@ -368,7 +364,7 @@ def main():
         if args.dry_run:
             return
     out = args.out or f"{args.runs}/{short_name(args.env)}-data.jsonl"
-    write_records(records, out)
+    write_lines(out, records)
     mistakes = 0
     for record in records:
         mistakes += record.mistake

@@ -181,6 +181,25 @@ class Labels:
 # LoRA: W x + (alpha / r) B A x, with W frozen (Hu et al. 2021)
 
 
+class MergedProduct(torch.autograd.Function):
+    """(W + B A) x: one large product instead of one large and two thin ones, with its gradient by hand.
+
+    Autograd would first make a gradient of W's size. W + B A is made again for the gradient of x instead of kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, bias, A, B):  # (..., d_in) -> (..., d_out)
+        ctx.save_for_backward(x, W, A, B)
+        return F.linear(x, torch.addmm(W, B, A), bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, W, A, B = ctx.saved_tensors
+        dx = dy @ torch.addmm(W, B, A) if ctx.needs_input_grad[0] else None
+        x, dy = x.flatten(0, -2), dy.flatten(0, -2)  # (N, d_in), (N, d_out)
+        return dx, None, None, (dy @ B).T @ x, dy.T @ (x @ A.T)
+
+
 class LoRALinear(nn.Module):
     """A frozen `nn.Linear` or GPT-2 `Conv1D` with named low-rank updates, of which at most one is active."""
 
@@ -209,16 +228,16 @@ class LoRALinear(nn.Module):
         A, B = (self.lora_A[self.active] * self.scale[self.active]).to(x.dtype), self.lora_B[self.active].to(x.dtype)
         if self.merges(x):
             W = self.weight.T if isinstance(self.base, Conv1D) else self.weight
-            return F.linear(x, torch.addmm(W, B, A), self.base.bias)
+            return MergedProduct.apply(x, W, self.base.bias, A, B)
         return self.base(x) + F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
 
     def merges(self, x):
-        """Whether W + B A, made for this call only, is the faster way (by a fifth, on nano): many tokens, no gradient.
+        """Whether W + B A, made for this call only, is the faster way (by an eighth, on nano): with many tokens.
 
         Not in bf16, where a small B A would vanish in the rounding of W.
         """
         exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        return exact and x.numel() > self.weight.numel() and not torch.is_grad_enabled()
+        return exact and x.numel() > self.weight.numel()
 
 
 def lora_layers(model):

@@ -9,9 +9,9 @@ from plumbing.runs import write
 
 
 def write_lines(path, objects):
-    """Write dicts, one a line; the folder is made."""
+    """Write dicts or dataclasses, one a line; the folder is made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write(path, "".join(json.dumps(fields) + "\n" for fields in objects))
+    write(path, "".join(json.dumps(fields, default=vars) + "\n" for fields in objects))
 
 
 def read_lines(path, make):

@@ -240,7 +240,7 @@ def records_of(args, share, least):
         # The trajectories with mistakes come first; mixed, every sixth that is held out is of both kinds.
         numbers = random.Random(args.seed).sample(range(trajectories), trajectories)
         records.sort(key=lambda record: numbers[record.trajectory])
-        negatives.write_records(records[: least or None], path)
+        negatives.write_lines(path, records[: least or None])
     return path
 
 

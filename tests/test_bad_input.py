@@ -116,7 +116,7 @@ def test_the_right_path_works_after_a_wrong_one(refused, tmp_path, bases, monkey
     options = [*tiny_rl_options(bases["gpt2"], tmp_path / "runs"), "--updates", 1, "--data", tmp_path / "own.jsonl"]
     assert "own.jsonl" in refused(rl, *options)
     assert "needs a method reflection()" in refused(rl, *options[:-2])
-    negatives.write_records([negatives.Record(0, False, False, "s", "r", ("a", "b"), 0)], tmp_path / "own.jsonl")
+    negatives.write_lines(tmp_path / "own.jsonl", [negatives.Record(0, False, False, "s", "r", ("a", "b"), 0)])
     run_script(rl, *options, monkeypatch=monkeypatch)
     assert len(read_log(tmp_path / "runs" / "corridor-rl-s0")) == 1
     before = contents(tmp_path)

@@ -338,7 +338,7 @@ def test_the_memory_that_is_said_is_what_is_needed(shape, tmp_path, monkeypatch)
     words = tokenizer("The taxi is at row 3. " * 60)["input_ids"]
     state, reflection = tokenizer.decode(words[:length]), tokenizer.decode(words[:written])
     records = [negatives.Record(i, False, False, state, reflection, ("a", "b"), 0) for i in range(40)]
-    negatives.write_records(records, tmp_path / "own.jsonl")
+    negatives.write_lines(tmp_path / "own.jsonl", records)
     options = [*tiny_options(tmp_path / "base", tmp_path / "runs"), "--data", tmp_path / "own.jsonl", "--stage",
                "reflect", "--reflect-steps", 1, "--max-reflection", 1, "--batch", 32, *more]  # fmt: skip
     # Tensors come from the system and go back to it: what malloc keeps in fragments is not what we count.

@@ -315,7 +315,7 @@ def test_no_tasks_and_no_share_are_one_line():
 
 def test_round_trip(records, tmp_path):
     path = tmp_path / "new" / "data.jsonl"
-    negatives.write_records(records, path)
+    negatives.write_lines(path, records)
     assert negatives.read_records(path) == records
     assert path.read_bytes().count(b"\n") == len(records), "one line a record"
 

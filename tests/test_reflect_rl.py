@@ -64,8 +64,8 @@ def test_lora_is_the_identity_at_first(base):
 
 def test_lora_equals_the_merged_weight(base, tmp_path):
     """Catches a transposed A or B (Conv1D!) and a scale that is not alpha / r: W + (alpha / r) B A in a plain model.
-    Play, where layers are merged for many tokens, and update agree on every layer. A second adapter changes nothing of
-    it, and it comes back from disk under any name."""
+    Many tokens, for which layers are merged, and few of them agree on every layer, gradients too. A second adapter
+    changes nothing of it, and it comes back from disk under any name."""
     model, _ = with_adapter(base)
     alone = logits_of(model, range(5, 60))
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -73,12 +73,14 @@ def test_lora_equals_the_merged_weight(base, tmp_path):
         change = 8 / 4 * layer.lora_B["policy"] @ layer.lora_A["policy"]  # (out, in)
         weight = plain.get_submodule(path).weight
         weight.data += change.T if "gpt2" in str(base) else change
-        x = torch.randn(2, 200, change.shape[1])
-        with torch.no_grad():
-            assert layer.merges(x) and not layer.merges(x[:, :1]) and not layer.merges(x.bfloat16())
-            merged = layer(x)
-        assert not layer.merges(x), "with gradients the adapter is what learns"
-        torch.testing.assert_close(layer(x), merged, atol=1e-4, rtol=1e-5)
+        x = torch.randn(2, 200, change.shape[1], requires_grad=True)
+        assert layer.merges(x) and not layer.merges(x[:, :1]) and not layer.merges(x.bfloat16())
+        learned = [x, layer.lora_A["policy"], layer.lora_B["policy"]]
+        merged, apart = layer(x), torch.cat([layer(x[:, i : i + 1]) for i in range(200)], dim=1)
+        torch.testing.assert_close(apart, merged, atol=1e-4, rtol=1e-5)
+        weights = torch.randn_like(merged)
+        for ours, autograd in zip(*(torch.autograd.grad((y * weights).sum(), learned) for y in (merged, apart))):
+            torch.testing.assert_close(ours, autograd, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(alone, logits_of(plain, range(5, 60)), atol=1e-3, rtol=1e-4)
     reflect_rl.add_adapter(model, "reflect", 8, 8)
     randomise(model, "reflect")

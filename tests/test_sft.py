@@ -371,7 +371,7 @@ def test_lengths_are_checked_first(trajectory, stage, limit, state, reflection, 
     for number in range(6):  # the last of six trajectories is held out
         texts = (state, reflection, ("a", action)) if number == trajectory else ("s", "r", ("a", "b"))
         records.append(negatives.Record(number, False, False, *texts, 0))
-    negatives.write_records(records, tmp_path / "own.jsonl")
+    negatives.write_lines(tmp_path / "own.jsonl", records)
     monkeypatch.setattr(sft, "fit", None)
     options = [*tiny_options(bases["llama"], tmp_path), "--data", tmp_path / "own.jsonl", "--max-reflection", limit]
     options += ["--stage", "plain"] if stage == "plain" else []
