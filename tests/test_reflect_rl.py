@@ -79,8 +79,8 @@ def test_lora_equals_the_merged_weight(base, tmp_path):
         merged, apart = layer(x), torch.cat([layer(x[:, i : i + 1]) for i in range(200)], dim=1)
         torch.testing.assert_close(apart, merged, atol=1e-4, rtol=1e-5)
         weights = torch.randn_like(merged)
-        for ours, autograd in zip(*(torch.autograd.grad((y * weights).sum(), learned) for y in (merged, apart))):
-            torch.testing.assert_close(ours, autograd, atol=1e-3, rtol=1e-4)
+        by_hand, by_autograd = (torch.autograd.grad((y * weights).sum(), learned) for y in (merged, apart))
+        torch.testing.assert_close(by_hand, by_autograd, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(alone, logits_of(plain, range(5, 60)), atol=1e-3, rtol=1e-4)
     reflect_rl.add_adapter(model, "reflect", 8, 8)
     randomise(model, "reflect")
