@@ -29,7 +29,7 @@ import sft  # noqa: E402
 import study  # noqa: E402
 from plumbing.options import env_factory  # noqa: E402
 from plumbing.rows import write_rows  # noqa: E402
-from plumbing.runs import adapters_of  # noqa: E402
+from plumbing.runs import adapters_of, budget_of  # noqa: E402
 from reflect_rl import (  # noqa: E402
     adapter_parameters, add_adapter, encode_all, forward, load_players, reflector_prompt, use_adapter,
 )
@@ -246,13 +246,16 @@ def records_of(args, share, least):
 
 def recovery_rows(args):
     """Rows of one seed: success on the fresh repositories, and after a forced mistake."""
-    rows, least, fresh = [], 0, pathlib.Path(args.runs).resolve() / "fresh.json"
-    for title, share in (("with negatives", 0.75), ("without negatives", 0.0)):
+    rows, least, fresh, updates = [], 0, pathlib.Path(args.runs).resolve() / "fresh.json", {}
+    for title, share in (("with negatives", 0.75), ("without negatives", 0.0), ("without negatives, longer", 0.0)):
         path = records_of(args, share, least)
         least = least or len(negatives.read_records(path))
         own = study.arm(args, data=str(path), negatives=share)
+        if title.endswith("longer"):  # each stage with as many updates as the same stage with negatives
+            own.reflect_steps, own.policy_steps = updates["reflect"], updates["policy"]
         sft.run(own, ["reflect", "policy"])
         adapters = adapters_of(sft.folder_of(own))
+        updates = updates or {name: budget_of([adapters[name]])["updates"] for name in adapters}
         players = load_players(own, adapters)
         own.env_option = [("repos", str(fresh))]
         for name, actor in (("", players), (", after a wrong file", WrongFirst(players))):
