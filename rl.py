@@ -42,10 +42,10 @@ import envs
 import eval as evaluation
 import sft
 from envs import UserError
-from plumbing.options import COMMON, add_options, env_factory, parse_args, short_name
+from plumbing.options import COMMON, add_options, env_factory, parse_args
 from plumbing.processes import gather, joined_processes, rank, sum_gradients, world
-from plumbing.runs import Run, budget_of, check_settings, write_budget
-from plumbing.show import show
+from plumbing.runs import Run, budget_of, check_settings, run_name, write_budget
+from plumbing.show import report
 from reflect_rl import (
     Episode, Step, adapter_parameters, add_adapter, load_adapter, load_players, play, save_adapter, use_adapter,
 )
@@ -80,7 +80,6 @@ CLIP_RATIO = 0.2  # epsilon of the clipped ratio
 TARGET_KL = 0.045  # nats; ppo leaves a batch when an epoch has moved the policy this far
 CRITIC_LR = 3e-3
 REPLAY_BUFFER = 256  # successes kept to be replayed
-SHOW_EVERY = 25  # updates between episodes that are printed whole
 
 # ---------------------------------------------------------------------------------------------------------
 # Returns and advantages: plain lists, an episode at a time
@@ -452,50 +451,6 @@ def validate(players, make_env, args):
     """Success on the validation panel, sampled."""
     episodes = evaluation.evaluate(players, make_env, "valid", args.repeats)
     return {"valid_success": evaluation.summary(episodes)["success"], "valid_episodes": len(episodes)}
-
-
-def report(run, figures, episodes, bar):
-    """Log line, progress bar, warnings, and now and then one whole episode."""
-    run.log(figures)
-    number = figures["step"]
-    if "valid_success" in figures:
-        tqdm.write(
-            f"update {number:4} {figures.get('stage', 'before RL'):9} valid success {figures['valid_success']:4.0%} "
-            f"of {figures['valid_episodes']}" + (f", entropy {figures['entropy']:.2f}" if number else "")
-        )
-    if not episodes:
-        return
-    bar.update()
-    bar.set_postfix(
-        stage=figures["stage"],
-        success=f"{figures['success']:.0%}",
-        ret=f"{figures['return']:.2f}",
-        len=f"{figures['length']:.0f}",
-        H=f"{figures['entropy']:.2f}",
-    )
-    if len({round(episode.total, 6) for episode in episodes}) == 1:
-        tqdm.write(f"update {number}: every episode had the same return, there is nothing to learn from")
-    if figures["entropy"] < 0.005 and figures["success"] < 0.9:
-        tqdm.write(f"update {number}: the policy has stopped exploring; try a larger --entropy or a shorter SFT")
-    if number % SHOW_EVERY == 0:
-        tqdm.write(show(episodes[0]))
-
-
-def run_name(args):
-    """`--name`, or one made of what the run is: `taxi-rl-ppo-no-curriculum-s0`."""
-    if args.name:
-        if Path(args.name).name != args.name or args.name == "..":
-            raise UserError(f"--name {args.name} must stay inside the folder of all runs (--runs)")
-        return args.name
-    parts = [short_name(args.env), "rl"]
-    if args.algo != "reinforce":
-        parts.append(args.algo)
-    for name in ("reflection", "negatives", "sft", "curriculum", "milestone"):
-        if not getattr(args, name):
-            parts.append(f"no-{name}")
-    if args.replay and args.algo != "paper":
-        parts.append("replay")
-    return "-".join([*parts, f"s{args.seed}"])
 
 
 def resolve(args):

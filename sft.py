@@ -25,7 +25,7 @@ from tqdm import tqdm
 import envs
 import negatives
 from envs import UserError
-from plumbing.options import COMMON, add_options, env_factory, parse_args, short_name
+from plumbing.options import COMMON, add_options, env_factory, parse_args, short_name, updates_or_auto
 from plumbing.runs import Run, settings_of, write_budget
 from reflect_rl import (
     adapter_parameters, add_adapter, encode_all, forward, load_players, reflector_prompt, right_pad, save_adapter,
@@ -36,15 +36,6 @@ checks = envs.beside("../models/checks.py")
 DATA_OPTIONS = negatives.OPTIONS | {
     "data": ("", "train on this JSONL file of records instead of the teacher's; every sixth trajectory is held out"),
 }
-
-
-def updates_or_auto(text):
-    """An argparse type: a number of updates, or `auto`."""
-    if text != "auto" and int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, or auto, not {text}")
-    return text if text == "auto" else int(text)
-
-
 OPTIONS = {
     "reflect_steps": (400, "updates of the reflector; auto: to the minimum of the held-out loss", updates_or_auto),
     "policy_steps": (140, "updates of the policy, few, so that RL has something left to explore; or auto",

@@ -87,3 +87,10 @@ def env_factory(args):
 def short_name(env):
     """An environment's name as part of a folder's name."""
     return env.rpartition(":")[2].lower()
+
+
+def updates_or_auto(text):
+    """An argparse type: a number of updates, or `auto`."""
+    if text != "auto" and int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, or auto, not {text}")
+    return text if text == "auto" else int(text)

@@ -11,6 +11,7 @@ import torch
 
 import envs
 from envs import UserError
+from plumbing.options import short_name
 from plumbing.processes import rank
 
 # Options that may differ on resume: they say where, how fast or how often, or are told by another one.
@@ -148,6 +149,23 @@ def budget_of(adapters):
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return total
+
+
+def run_name(args):
+    """`--name`, or one made of what the run is: `taxi-rl-ppo-no-curriculum-s0`."""
+    if args.name:
+        if Path(args.name).name != args.name or args.name == "..":
+            raise UserError(f"--name {args.name} must stay inside the folder of all runs (--runs)")
+        return args.name
+    parts = [short_name(args.env), "rl"]
+    if args.algo != "reinforce":
+        parts.append(args.algo)
+    for name in ("reflection", "negatives", "sft", "curriculum", "milestone"):
+        if not getattr(args, name):
+            parts.append(f"no-{name}")
+    if args.replay and args.algo != "paper":
+        parts.append("replay")
+    return "-".join([*parts, f"s{args.seed}"])
 
 
 def runs_of(args):

@@ -1,9 +1,12 @@
-"""An episode as text, and animated in the terminal."""
+"""An episode as text, and animated in the terminal; what is shown while RL trains."""
 
 import math
 import sys
 import time
 
+from tqdm import tqdm
+
+SHOW_EVERY = 25  # updates between episodes that are printed whole
 WATCH_PAUSE = 1.0  # seconds a step
 
 
@@ -48,3 +51,30 @@ def watch(episode):
             time.sleep(WATCH_PAUSE)
     finally:
         print("\x1b[?25h", end="", flush=True)  # the cursor again, also after Ctrl-C
+
+
+def report(run, figures, episodes, bar):
+    """Log line, progress bar, warnings, and now and then one whole episode."""
+    run.log(figures)
+    number = figures["step"]
+    if "valid_success" in figures:
+        tqdm.write(
+            f"update {number:4} {figures.get('stage', 'before RL'):9} valid success {figures['valid_success']:4.0%} "
+            f"of {figures['valid_episodes']}" + (f", entropy {figures['entropy']:.2f}" if number else "")
+        )
+    if not episodes:
+        return
+    bar.update()
+    bar.set_postfix(
+        stage=figures["stage"],
+        success=f"{figures['success']:.0%}",
+        ret=f"{figures['return']:.2f}",
+        len=f"{figures['length']:.0f}",
+        H=f"{figures['entropy']:.2f}",
+    )
+    if len({round(episode.total, 6) for episode in episodes}) == 1:
+        tqdm.write(f"update {number}: every episode had the same return, there is nothing to learn from")
+    if figures["entropy"] < 0.005 and figures["success"] < 0.9:
+        tqdm.write(f"update {number}: the policy has stopped exploring; try a larger --entropy or a shorter SFT")
+    if number % SHOW_EVERY == 0:
+        tqdm.write(show(episodes[0]))
