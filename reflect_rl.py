@@ -236,8 +236,9 @@ class LoRALinear(nn.Module):
 
         Not in bf16, where a small B A would vanish in the rounding of W.
         """
-        exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        return exact and x.numel() > self.weight.numel()
+        W, tokens = self.weight, x.numel() // x.shape[-1]
+        exact = x.dtype == W.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        return exact and tokens * sum(W.shape) > W.numel()  # the thin products against W + B A
 
 
 def lora_layers(model):
