@@ -59,5 +59,8 @@ def draw_curves(curves, path, stages=(), labels=CURVE_LABELS, scale="linear"):
         axes.minorticks_off()
     axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, 1), xlim=(first, last))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    try:
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+    except ValueError as error:  # an ending that names no format
+        raise UserError(f"{path}: {error}") from None
     print(f"wrote {path}")

@@ -377,6 +377,8 @@ def test_plot(tmp_path, bases, monkeypatch):
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.15, 0.15])
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.1, 0.2)), "from the worst seed to the best"
+    with pytest.raises(UserError, match="curves.foo: Format 'foo' is not supported"):
+        run_script(evaluation, *options[:-1], tmp_path / "curves.foo", monkeypatch=monkeypatch)
 
 
 def test_a_run_from_elsewhere_names_no_game_files(tmp_path):
