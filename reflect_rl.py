@@ -366,16 +366,21 @@ def takes(model, *names):
     return set(names) <= set(inspect.signature(model.forward).parameters)
 
 
-def forward(model, ids, keep, **options):
-    """The model's own forward on right-padded ids, (B, T), with logits at the positions `keep` only: (B, K, V).
+def forward(model, ids, rows, places, **options):
+    """The model's own forward on right-padded ids, (B, T), with logits at `ids[rows, places]` only: (N, V).
 
     Its own, because some models scale, cap or transform their logits. Nothing is padded on the left, so positions and
     attention are those of each row alone, in every architecture.
     """
-    if takes(model, "logits_to_keep"):
-        return model(ids, use_cache=False, logits_to_keep=keep, **options)
-    output = model(ids, use_cache=False, **options)
-    output.logits = output.logits[:, keep]
+    # The LM head is given nothing else: with a large vocabulary it costs as much as several layers.
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, places],))
+    try:
+        output = model(ids, use_cache=False, **options)
+    finally:
+        hook.remove()
+    if output.logits.dim() == 3:  # (B, T, V): the model has used the head's weight alone
+        output.logits = output.logits[rows, places]
     return output
 
 
@@ -532,12 +537,11 @@ class Players:
             index.append(row_of[step.prompt])
         use_adapter(self.model, adapter)
         self.check_length(rows)
-        ends = torch.tensor([len(row) - 1 for row in rows], device=self.device)  # (B,)
-        keep, place = ends.unique(return_inverse=True)  # where a row ends, and which of these places is each row's
+        every, ends = range(len(rows)), torch.tensor([len(row) - 1 for row in rows], device=self.device)
         with self.autocast():
-            output = forward(self.model, right_pad(rows, self.device), keep, output_hidden_states=hidden)
-        logits = output.logits[range(len(rows)), place][index]  # (B, V)
-        return (logits, output.hidden_states[-1][range(len(rows)), ends][index]) if hidden else logits
+            output = forward(self.model, right_pad(rows, self.device), every, ends, output_hidden_states=hidden)
+        logits = output.logits[index]  # (B, V)
+        return (logits, output.hidden_states[-1][every, ends][index]) if hidden else logits
 
     def log_probs(self, logits, steps):
         """Log-probabilities of the actions, (B, A) in fp32: row b has len(steps[b].menu) valid ones, the rest -inf."""

@@ -122,15 +122,14 @@ def collate(pairs, device="cpu"):
 def completion_loss(model, ids, mask):
     """Mean negative log-likelihood of the masked tokens, a scalar in nats, by the model's own forward.
 
-    Logits are made only at positions before a token that counts in some row.
+    Logits are made only at positions before a token that counts.
     """
     counts = mask[:, 1:]  # (B, T-1): whether position t predicts a token that counts
     if not counts.any():
         raise ValueError("no completion token in this batch: the loss would be 0 or NaN")
-    keep = counts.any(0).nonzero()[:, 0]  # (K,)
-    logits = forward(model, ids, keep).logits  # (B, K, V)
-    counts = counts[:, keep]
-    return F.cross_entropy(logits[counts].float(), ids[:, 1:][:, keep][counts])
+    rows, places = counts.nonzero(as_tuple=True)  # (N,)
+    logits = forward(model, ids, rows, places).logits  # (N, V)
+    return F.cross_entropy(logits.float(), ids[rows, places + 1])
 
 
 def loss_of(pairs, players, backward=False):

@@ -150,10 +150,10 @@ def text_log_probs(players, pairs):
     """The log-probability of each completion, a list of floats. (Its mean over tokens would flatten the softmax.)"""
     ids, mask = sft.collate(pairs, players.device)
     use_adapter(players.model, "policy")
-    keep = torch.arange(ids.shape[1] - 1, device=ids.device)
-    log_probs = forward(players.model, ids, keep).logits.float().log_softmax(-1)  # (B, T-1, V)
-    chosen = log_probs.gather(2, ids[:, 1:, None])[:, :, 0].masked_fill(~mask[:, 1:], 0.0)
-    return chosen.sum(1).tolist()
+    rows, places = mask[:, 1:].nonzero(as_tuple=True)  # (N,)
+    log_probs = forward(players.model, ids, rows, places).logits.float().log_softmax(-1)  # (N, V)
+    chosen = log_probs.gather(1, ids[rows, places + 1][:, None])[:, 0]
+    return torch.zeros(len(ids), device=ids.device).index_add(0, rows, chosen).tolist()
 
 
 def scoring_rows(args):
