@@ -187,14 +187,17 @@ def run_rows(folder, args):
 
 def pooled(rows):
     """One row for each kind of run of which there are several seeds: `taxi-rl`, of taxi-rl-s0 and taxi-rl-s1."""
-    kinds = {}
+    kinds = {}  # name without the seed -> {seed: row}
     for r in rows:
-        kinds.setdefault(re.sub(r"-s\d+", "", r["name"]), []).append(r)
+        kind, seed = re.subn(r"-s\d+", "", r["name"])[0], re.search(r"-s(\d+)", r["name"])
+        if seed:
+            kinds.setdefault(kind, {})[int(seed[1])] = r
     found = []
-    for kind, seeds in kinds.items():
-        if len(seeds) > 1:
+    for kind, of_seeds in kinds.items():
+        if len(of_seeds) > 1:
+            seeds = [of_seeds[seed] for seed in sorted(of_seeds)]  # in one order everywhere: they are compared in pairs
             whole = {key: sum((r[key] for r in seeds), []) for key in ("sampled", "greedy", "budget")}
-            found.append({**seeds[0], **whole, "name": f"{kind}, {len(seeds)} seeds"})
+            found.append({**seeds[0], **whole, "name": f"{kind}, {len(seeds)} seeds", "seeds": sorted(of_seeds)})
     return found
 
 
@@ -237,11 +240,12 @@ def print_table(rows):
                     groups.setdefault(group, [[] for _ in r["sampled"]])[seed].append(episode)
         for group in sorted(groups):
             by_group.append([r["name"], group, *rate(groups[group], env)])
-    seeds = len(rows[-1]["sampled"])  # of the pooled rows, where there are any: these are compared
+    seeds = len(rows[-1]["sampled"])  # of the pooled rows, where there are any
     for i, r in enumerate(rows):
         for other in rows[:i]:
             learned = other["name"] not in ("random", "expert", "untuned base")
-            if learned and len(r["sampled"]) == len(other["sampled"]) == seeds:
+            same = len(r["sampled"]) == len(other["sampled"]) == seeds and r.get("seeds") == other.get("seeds")
+            if learned and same:
                 gap, (low, high) = difference(r["sampled"], other["sampled"], env)
                 differences.append([r["name"], other["name"], f"{gap:+.1%}", f"[{low:+.1%}, {high:+.1%}]"])
     clusters = by_cluster(rows[0]["sampled"], env)[0].shape[1]

@@ -43,7 +43,7 @@ import eval as evaluation
 import sft
 from envs import UserError
 from plumbing.options import COMMON, add_options, env_factory, parse_args
-from plumbing.processes import gather, joined_processes, rank, sum_gradients, world
+from plumbing.processes import gather, joined_processes, rank, sum_gradients, total, world
 from plumbing.runs import Run, budget_of, check_settings, run_name, write_budget
 from plumbing.show import report
 from reflect_rl import (
@@ -308,11 +308,9 @@ def update(steps, players, critic, optimizer, args, number):
                 raise UserError(f"update {number + 1}: the gradient is not finite; try a smaller --rl-lr")
             optimizer.step()
             optimizer.zero_grad()
-        totals = collections.Counter()
-        for share in gather(sums):  # of each process
-            totals.update(share)
-        count = totals.pop("steps")
-        figures = {key: total / count for key, total in totals.items()}
+        sums = total(sums)  # of all processes
+        count = sums.pop("steps")
+        figures = {key: value / count for key, value in sums.items()}
         if figures.get("approx_kl", 0.0) > TARGET_KL:
             break
     return figures | {"grad_norm": statistics.fmean(policy_norms)}
@@ -380,8 +378,9 @@ def train(args, sft_adapters):
         figures |= give_advantages(batch, args, players, critic)
         figures |= update(steps_of(batch), players, critic, optimizer, args, number)
         buffer.extend(dataclasses.asdict(episode) for episode in episodes if args.replay and episode.success)
-        hits, misses = players.counts["hits"], players.counts["misses"]
-        figures |= {"cut_reflections": players.counts["cuts"], "cache_hits": hits / max(1, hits + misses)}
+        counts = total(players.counts)  # of reflections
+        known = counts["hits"] / max(1, counts["hits"] + counts["misses"])
+        figures |= {"cut_reflections": counts["cuts"], "cache_hits": known}
         figures["episodes_per_s"] = len(episodes) / (time.perf_counter() - began)
         if rank() == 0:
             if number + 1 == args.updates or (args.eval_every and (number + 1) % args.eval_every == 0):

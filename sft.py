@@ -174,8 +174,10 @@ def batch_at(pairs, step, args):
     return batch
 
 
-def fit(run, players, stage, pairs, records, steps, args):
+def fit(run, players, stage, pairs, records, steps, args, schedule=None):
     """Minimise the loss of `pairs` for `steps` updates, or go on from the run's checkpoint.
+
+    The learning rate falls over `schedule` updates: over `steps`, or with "auto" over MOST_UPDATES, if none is given.
 
     Some held-out `records` are looked at now and then. `steps="auto"` stops when their loss has not fallen for a while,
     and goes back to its minimum: so that runs with and without reflection, which learn at different speed, can be
@@ -191,11 +193,11 @@ def fit(run, players, stage, pairs, records, steps, args):
     checks.say_memory(stage, players.device, parameters, texts, len(longest[0]) + len(longest[1]),
                       lambda n: loss_of([longest] * n, players, backward=True))
     auto = steps == "auto"
-    last = MOST_UPDATES if auto else steps  # where the learning rate would end: with auto it hardly falls
+    last = MOST_UPDATES if auto else steps
     for step in tqdm(range(done, last), initial=done, total=last, desc=stage, unit="update", disable=None):
         if auto and step - best["step"] >= PATIENCE:
             break
-        lr = optimizer.param_groups[0]["lr"] = lr_at(step, last, args.lr)
+        lr = optimizer.param_groups[0]["lr"] = lr_at(step, schedule or last, args.lr)
         use_adapter(players.model, stage)
         loss = loss_of(batch_at(pairs, step, args), players, backward=True)
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM).item()
@@ -259,10 +261,7 @@ def sft_args(args):
 def folder_of(args):
     """Where the adapters of these settings live: `runs/taxi-sft-s0-3f9c12`; other settings have another folder."""
     settings = settings_of(sft_args(args)) | {"seed": None}  # it stands in the name: seeds of one kind share the rest
-    settings = json.dumps(settings, sort_keys=True).encode()
-    if args.data:  # other records under the same name are other settings
-        settings += Path(args.data).read_bytes()
-    digest = hashlib.sha256(settings).hexdigest()[:6]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     return Path(args.runs) / f"{short_name(args.env)}-sft-s{args.seed}-{digest}"
 
 
@@ -276,7 +275,7 @@ def adapters(args):
     return found
 
 
-def run(args, stages):
+def run(args, stages, schedule=None):
     """Teacher records, then the stages; what is finished is kept. Each stage leaves an adapter in PEFT's format."""
     folder, make_env = folder_of(args), env_factory(args)
     todo = [stage for stage in stages if not (folder / stage / "adapter_config.json").is_file()]
@@ -303,7 +302,7 @@ def run(args, stages):
     for stage in todo:
         stage_run = Run(folder / stage, sft_args(args), resume=True)
         steps = args.reflect_steps if stage == "reflect" else args.policy_steps
-        updates = fit(stage_run, players, stage, pairs[stage], sample, steps, args)
+        updates = fit(stage_run, players, stage, pairs[stage], sample, steps, args, schedule)
         write_budget(folder / stage, len(pairs[stage]), updates)
         save_adapter(players.model, stage, folder / stage)
         stage_run.lock.release()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import envs
 from plumbing.options import env_factory
+import reflect_rl
 from reflect_rl import Episode, Step
 
 
@@ -15,8 +16,9 @@ def panel_of(args, adapters, most):
     env = env_factory(args)()
     panel = {"split": args.split, "repeats": args.repeats, "panel": most, "env_option": sorted(args.env_option)}
     panel |= {"base": args.base, "dtype": args.dtype, "max_reflection": args.max_reflection, "horizon": env.horizon}
-    if args.env not in envs.ENVS:  # a game of your own, which you may change
-        panel["source"] = digest(Path(inspect.getsourcefile(type(env).step)).read_text(encoding="utf-8"))
+    # What plays, and what is played: the episodes of code that was changed since are played again.
+    code = [envs.__file__, reflect_rl.__file__, inspect.getsourcefile(type(env).step)]
+    panel["source"] = digest([Path(path).read_text(encoding="utf-8") for path in code])
     weights = [(path / "adapter_model.safetensors").read_bytes() for path in adapters]
     return panel | {"tasks": digest(env.tasks(args.split)), "players": [hashlib.sha256(w).hexdigest() for w in weights]}
 

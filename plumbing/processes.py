@@ -1,5 +1,6 @@
 """Several processes (torchrun), each with its share of the work."""
 
+import collections
 import contextlib
 import datetime
 import os
@@ -44,6 +45,14 @@ def sum_gradients(parameters):
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a process may have had no step at all
         dist.all_reduce(p.grad)
+
+
+def total(counts):
+    """The sum of all processes' `Counter`s."""
+    whole = collections.Counter()
+    for share in gather(dict(counts)):
+        whole.update(share)
+    return whole
 
 
 def gather(value):

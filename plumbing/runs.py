@@ -3,6 +3,7 @@ on from after any kill."""
 
 import argparse
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,6 +24,8 @@ MOST_WEIGHT = 1e6  # a larger trained weight is not saved
 def settings_of(args):
     """The options that decide a run's numbers, as JSON reads them again."""
     settings = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
+    if settings.get("data"):  # other records under the same name are other settings
+        settings["data_digest"] = hashlib.sha256(Path(settings["data"]).read_bytes()).hexdigest()
     return json.loads(json.dumps(settings))
 
 

@@ -253,7 +253,8 @@ def recovery_rows(args):
         own = study.arm(args, data=str(path), negatives=share)
         if title.endswith("longer"):  # each stage with as many updates as the same stage with negatives
             own.reflect_steps, own.policy_steps = updates["reflect"], updates["policy"]
-        sft.run(own, ["reflect", "policy"])
+            own.runs = f"{args.runs}/longer"
+        sft.run(own, ["reflect", "policy"], schedule=sft.MOST_UPDATES)  # the learning rates are those of `auto`
         adapters = adapters_of(sft.folder_of(own))
         updates = updates or {name: budget_of([adapters[name]])["updates"] for name in adapters}
         players = load_players(own, adapters)

@@ -119,7 +119,9 @@ def test_the_right_path_works_after_a_wrong_one(refused, tmp_path, bases, monkey
     negatives.write_lines(tmp_path / "own.jsonl", [negatives.Record(0, False, False, "s", "r", ("a", "b"), 0)])
     run_script(rl, *options, monkeypatch=monkeypatch)
     assert len(read_log(tmp_path / "runs" / "corridor-rl-s0")) == 1
+    negatives.write_lines(tmp_path / "own.jsonl", [negatives.Record(0, False, False, "s", "other", ("a", "b"), 0)])
     before = contents(tmp_path)
+    assert "data_digest" in refused(rl, *options, "--resume"), "the old policy would go on with another reflector"
     assert "own.jsonl" in refused(rl, *options, "--runs", tmp_path / "own.jsonl") and contents(tmp_path) == before
 
 

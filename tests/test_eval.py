@@ -43,6 +43,21 @@ def test_only_seeds_of_one_kind_are_pooled():
     assert found["sampled"] == [0, 1] and found["name"] == rows[0]["name"].replace("-s0", "") + ", 2 seeds"
 
 
+def test_a_seed_is_compared_with_the_same_seed(capsys):
+    """Bugs: seeds paired in the order of their folders; the difference of runs with other seeds called paired."""
+    rows = []
+    for name, successes in (("a-s1", [1, 1]), ("a-s0", [0, 0]), ("b-s0", [0, 0]), ("b-s1", [1, 1]), ("c-s1", [0, 1]),
+                            ("c-s2", [0, 1])):
+        episodes = [episode([0.0], True, bool(success)) for success in successes]
+        row = {"name": name, "split": "test", "env": Corridor(), "budget": [{}]}
+        rows.append(row | {"sampled": [episodes], "greedy": [[]]})
+    a, b, c = evaluation.pooled(rows)
+    assert a["sampled"] == b["sampled"] == [rows[1]["sampled"][0], rows[0]["sampled"][0]] and c["seeds"] == [1, 2]
+    evaluation.print_table(rows)
+    differences = capsys.readouterr().out.split("minus")[1]
+    assert "b, 2 seeds" in differences and "[+0.0%, +0.0%]" in differences and "c, 2 seeds" not in differences
+
+
 def episode(rewards, terminated, success):
     found = Episode(0, None)
     found.steps = [Step("s", ("a",), log_probs=[0.0], action=0, reward=reward) for reward in rewards]
@@ -243,6 +258,11 @@ def test_what_was_played_is_not_played_again(runs, bases, capsys, monkeypatch):
         (folder / "edited.py").write_text("class Corridor: ...")
         context.setattr(plumbing.episodes.inspect, "getsourcefile", lambda step: folder / "edited.py")
         assert len(again()[1]) >= 2
+    for module in (envs, reflect_rl):  # as if our own had been
+        with monkeypatch.context() as context:
+            context.setattr(module, "__file__", str(folder / "edited.py"))
+            assert len(again()[1]) >= 2
+    again()
     weights = folder / "policy" / "adapter_model.safetensors"
     shutil.copy(runs / "corridor-rl-s1" / "policy" / "adapter_model.safetensors", weights)
     assert len(again()[1]) == 2

@@ -862,7 +862,7 @@ def assert_close_runs(one, other):
     lines, others = read_log(one), read_log(other)
     assert len(lines) == len(others) > 0
     for line, expected in zip(lines, others, strict=True):
-        for key in ("cache_hits", "cut_reflections"):  # each process has a memo of its own
+        for key in ("cache_hits", "cut_reflections"):  # two processes may write the same text at the same time
             assert key in line and expected.pop(key) >= 0 <= line.pop(key)
         stage = line.pop("stage")
         assert stage == expected.pop("stage") and line == pytest.approx(expected, abs=1e-5, rel=1e-4)
@@ -882,6 +882,12 @@ def test_what_another_process_wrote_is_known(reflection, monkeypatch):
     args = SimpleNamespace(episodes=2, seed=0)
     assert len(rl.play_together(players, None, ["task", "task"], {}, args, 0)) == 2
     assert players.reflections == ({"a state": "a text"} if reflection else {})
+
+
+def test_figures_are_those_of_all_processes(monkeypatch):
+    """Bug: the first one's reflections only."""
+    monkeypatch.setattr(plumbing.processes, "gather", lambda counts: [counts, {"cuts": 2, "hits": 1}])
+    assert plumbing.processes.total(Counter(cuts=1)) == {"cuts": 3, "hits": 1}
 
 
 @pytest.mark.parametrize("algo", ["reinforce --replay 2", "ppo --kl 0.1"])
