@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import envs
-from plumbing.options import env_factory
 import reflect_rl
+from plumbing.options import env_factory
 from reflect_rl import Episode, Step
 
 
