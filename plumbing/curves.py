@@ -46,7 +46,8 @@ def draw_curves(curves, path, stages=(), labels=CURVE_LABELS, scale="linear"):
         seeds = [curves[title][episodes] for episodes in at]
         axes.fill_between(at, list(map(min, seeds)), list(map(max, seeds)), color=line.get_color(), alpha=0.15)
         place = max(mean[-1], place + 0.05)  # names that would overlap stand above each other
-        axes.annotate(title, (last, place), (6, 0), textcoords="offset points", color=line.get_color(), va="center")
+        axes.annotate(title, (last, place), (6, 0), textcoords="offset points", color=line.get_color(), va="center",
+                      annotation_clip=False)  # also above 1
     for name, share in stages:
         axes.axvline(done * last, color="gray", linewidth=0.6, linestyle=":")
         axes.annotate(name, (done * last, 1.01), color="gray", fontsize=8, rotation=40, annotation_clip=False)

@@ -185,16 +185,23 @@ def picture(path, env, out):
 
 
 def picture_of_amounts(path, env, out):
-    """Test success over the number of teacher trajectories, from the files of all amounts beside `path`."""
-    curves = {}
+    """Test success over the number of teacher trajectories, from the files of all amounts beside `path`: of the seeds
+    that all of them have."""
+    found = []  # (title, amount, seed, success)
     for file in path.parent.glob(re.sub(r"-\d+-", "-*-", path.name)):
         amount = int(re.search(r"-(\d+)-", file.name)[1])
         rows = read_rows(file, env)
         for row in rows:
             title, _, seed = row["name"].rpartition("-s")
             if seed.isdigit():
-                success = evaluation.summary(row["sampled"][0])["success"]
-                curves.setdefault(title, {}).setdefault(amount, []).append(success)
+                found.append((title, amount, seed, evaluation.summary(row["sampled"][0])["success"]))
+    seeds_of = {}  # amount -> its seeds
+    for _, amount, seed, _ in found:
+        seeds_of.setdefault(amount, set()).add(seed)
+    curves, seeds = {}, set.intersection(*seeds_of.values())
+    for title, amount, seed, success in found:
+        if seed in seeds:
+            curves.setdefault(title, {}).setdefault(amount, []).append(success)
     labels = ("teacher trajectories", f"success on the {rows[0]['split']} panel")
     draw_curves(curves, out, labels=labels, scale="log")
 

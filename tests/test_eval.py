@@ -393,6 +393,7 @@ def test_plot(tmp_path, bases, monkeypatch):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     [axes] = drawn[0].axes
     assert [text.get_text() for text in axes.texts] == ["corridor rl", "corridor rl ppo"]  # the lowest first
+    assert all(text.get_annotation_clip() is False for text in axes.texts), "a name above 1 would be left out"
     assert [list(line.get_xdata()) for line in axes.lines] == [[8, 24], [8, 24, 40]]
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.15, 0.15])
     band = axes.collections[0].get_paths()[0].vertices[:, 1]

@@ -43,6 +43,10 @@ def test_success_by_amount_of_data(tmp_path, monkeypatch):
     study.picture_of_amounts(tmp_path / "amount-taxi-20-test.jsonl", envs.make("taxi"), "out.png")
     points = drawn["with reflection, SFT + RL"]
     assert set(points) == {20, 50} and points[20] == points[50] and len(points[20]) == 5
+    some = [line for line in rows.splitlines(keepends=True) if b"-s0" in line]
+    (tmp_path / "amount-taxi-10-test.jsonl").write_bytes(b"".join(some))
+    study.picture_of_amounts(tmp_path / "amount-taxi-20-test.jsonl", envs.make("taxi"), "out.png")
+    assert drawn["with reflection, SFT + RL"] == {10: points[20][:1], 20: points[20][:1], 50: points[20][:1]}
     assert f"{sum(points[20]) / 5:.1%}" == "86.8%" and not {"random", "expert"} & set(drawn)
 
 
