@@ -376,12 +376,9 @@ def forward(model, ids, rows, places, **options):
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, places],))
     try:
-        output = model(ids, use_cache=False, **options)
+        return model(ids, use_cache=False, **options)
     finally:
         hook.remove()
-    if output.logits.dim() == 3:  # (B, T, V): the model has used the head's weight alone
-        output.logits = output.logits[rows, places]
-    return output
 
 
 class Players:
