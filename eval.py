@@ -189,7 +189,7 @@ def pooled(rows):
     """One row for each kind of run of which there are several seeds: `taxi-rl`, of taxi-rl-s0 and taxi-rl-s1."""
     kinds = {}  # name without the seed -> {seed: row}
     for r in rows:
-        kind, seed = re.subn(r"-s\d+", "", r["name"])[0], re.search(r"-s(\d+)", r["name"])
+        kind, seed = re.sub(r"-s\d+", "", r["name"]), re.search(r"-s(\d+)", r["name"])
         if seed:
             kinds.setdefault(kind, {})[int(seed[1])] = r
     found = []

@@ -184,16 +184,17 @@ class Labels:
 class MergedProduct(torch.autograd.Function):
     """(W + B A) x: one large product instead of one large and two thin ones, with its gradient by hand.
 
-    Autograd would first make a gradient of W's size. W + B A is made again for the gradient of x instead of kept.
+    x (..., d_in), W (d_out, d_in) frozen, A (r, d_in) times alpha / r, B (d_out, r) -> (..., d_out). Autograd would
+    first make a gradient of W's size. W + B A is made again for the gradient of x: kept, it would be a second W.
     """
 
     @staticmethod
-    def forward(ctx, x, W, bias, A, B):  # (..., d_in) -> (..., d_out)
+    def forward(ctx, x, W, bias, A, B):
         ctx.save_for_backward(x, W, A, B)
         return F.linear(x, torch.addmm(W, B, A), bias)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # (..., d_out)
         x, W, A, B = ctx.saved_tensors
         dx = dy @ torch.addmm(W, B, A) if ctx.needs_input_grad[0] else None
         x, dy = x.flatten(0, -2), dy.flatten(0, -2)  # (N, d_in), (N, d_out)
@@ -232,13 +233,14 @@ class LoRALinear(nn.Module):
         return self.base(x) + F.linear(F.linear(x, A), B)  # rank r in between: never a full-size matrix
 
     def merges(self, x):
-        """Whether W + B A, made for this call only, is the faster way (by an eighth, on nano): with many tokens.
+        """Whether W + B A, made for this call only, is the faster way: with many tokens.
 
         Not in bf16, where a small B A would vanish in the rounding of W.
         """
         W, tokens = self.weight, x.numel() // x.shape[-1]
         exact = x.dtype == W.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        return exact and tokens * sum(W.shape) > W.numel()  # the thin products against W + B A
+        # r multiplications for each number that the thin products make, or for each of W + B A: the fewer numbers win.
+        return exact and tokens * sum(W.shape) > W.numel()
 
 
 def lora_layers(model):
@@ -534,14 +536,14 @@ class Players:
             index.append(row_of[step.prompt])
         use_adapter(self.model, adapter)
         self.check_length(rows)
-        every, ends = range(len(rows)), torch.tensor([len(row) - 1 for row in rows], device=self.device)
+        at = range(len(rows)), torch.tensor([len(row) - 1 for row in rows], device=self.device)  # the end of each row
         with self.autocast():
-            output = forward(self.model, right_pad(rows, self.device), every, ends, output_hidden_states=hidden)
-        logits = output.logits[index]  # (B, V)
-        return (logits, output.hidden_states[-1][every, ends][index]) if hidden else logits
+            output = forward(self.model, right_pad(rows, self.device), *at, output_hidden_states=hidden)
+        logits = output.logits[index]  # a row for each step again
+        return (logits, output.hidden_states[-1][at][index]) if hidden else logits
 
     def log_probs(self, logits, steps):
-        """Log-probabilities of the actions, (B, A) in fp32: row b has len(steps[b].menu) valid ones, the rest -inf."""
+        """Log-probabilities of the actions, (B, A) in fp32: row b has one for each action of step b, then -inf."""
         longest = max(len(step.label_ids) for step in steps)
         ids = torch.zeros(len(steps), longest, dtype=torch.long)
         valid = torch.zeros(len(steps), longest, dtype=torch.bool)

@@ -276,7 +276,10 @@ def adapters(args):
 
 
 def run(args, stages, schedule=None):
-    """Teacher records, then the stages; what is finished is kept. Each stage leaves an adapter in PEFT's format."""
+    """Teacher records, then the stages; what is finished is kept. Each stage leaves an adapter in PEFT's format.
+
+    `schedule`: see `fit`. It is no part of the folder's name: with another one use other `args.runs`.
+    """
     folder, make_env = folder_of(args), env_factory(args)
     todo = [stage for stage in stages if not (folder / stage / "adapter_config.json").is_file()]
     if not todo:

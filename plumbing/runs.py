@@ -25,7 +25,7 @@ def settings_of(args):
     """The options that decide a run's numbers, as JSON reads them again."""
     settings = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
     if settings.get("data"):  # other records under the same name are other settings
-        settings["data_digest"] = hashlib.sha256(Path(settings["data"]).read_bytes()).hexdigest()
+        settings["data_digest"] = hashlib.sha256(Path(settings["data"]).read_bytes()).hexdigest()[:12]
     return json.loads(json.dumps(settings))
 
 
